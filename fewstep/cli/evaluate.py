@@ -1,0 +1,63 @@
+"""`fewstep evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .answers import answer, number, only_json, say, table
+from .arguments import Guidance, Json, Seed, Steps
+
+Scored = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model folder, or a folder of images.")]
+Metrics = Annotated[str, typer.Option("--metrics", metavar="A,B", help="Names with commas between.")]
+Count = Annotated[int | None, typer.Option("--n", "-n", min=2, help="Images to draw; default: as many as the reference has.")]
+Features = Annotated[str | None, typer.Option("--features", metavar="NAME", help="Feature network; default: the model's own.")]
+Reference = Annotated[
+    str | None,
+    typer.Option("--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images drawn at once.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep images, manifest and scores there.")]
+
+
+def evaluate(
+    model: Scored,
+    metrics: Metrics = "fid,prdc",
+    n: Count = None,
+    features: Features = None,
+    reference: Reference = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    batch: Batch = 256,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Score a model, or a folder of images, against real images."""
+    from ..evaluation.evaluate import evaluate as score
+
+    with only_json(json):
+        real = reference_of(reference)
+        found = score(model, metrics.split(","), n, features, real, seed, steps, guidance, batch, out)
+    answer(found, json, lambda: _show(found))
+
+
+def reference_of(text: str | None) -> str | dict[str, Any] | None:
+    """A source's name as it is; `{source: ..., ...}` as a mapping. UserError for anything else."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    import yaml
+
+    try:
+        return dict(yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError, ValueError):
+        raise UserError(f"--reference {text}: write a data source's name, or {{source: NAME, key: value}}") from None
+
+
+def _show(found: dict[str, Any]) -> None:
+    rows = [(s["label"], number(s["value"], 4), s["n"], s["reference"]) for s in found["scores"]]
+    table(("score", "value", "n", "reference"), rows)
+    say(**{key: found.get(key) for key in ("model", "steps", "nfe", "ms_per_image", "out")})

@@ -1,0 +1,37 @@
+"""`fewstep sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .answers import answer, number, only_json, say
+from .arguments import Guidance, Json, Model, Seed, Steps, Trust, numbers
+
+Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Number of images.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write, with all images in a grid.")]
+Labels = Annotated[str | None, typer.Option("--labels", metavar="0,1,2", help="Classes, repeated until there are n.")]
+
+
+def sample(
+    model: Model,
+    n: Count = 16,
+    seed: Seed = 0,
+    out: Out = Path("grid.png"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    labels: Labels = None,
+    trust_remote_code: Trust = False,
+    json: Json = None,
+) -> None:
+    """Draw images from a model folder into one picture."""
+    from ..engine.preview import save_grid
+    from ..exporting.pipeline import generate
+
+    with only_json(json):
+        made = generate(model, n, seed, steps, guidance, numbers(labels, "--labels"), trust_remote_code=trust_remote_code)
+        file = save_grid(made.images, out)
+    facts = {"file": str(file), "n": n, "steps": len(made.timesteps), "nfe": made.nfe, "ms_per_image": made.ms_per_image}
+    answer(facts, json, lambda: say(**{k: v if isinstance(v, str) else number(v) for k, v in facts.items()}))

@@ -1,0 +1,1 @@
+"""Where batches come from: images, labels, prompts, or nothing at all."""

@@ -1,0 +1,77 @@
+"""From a trained role to a folder that others load: at a run's end, and later from any of its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.registry import make_source
+from ..errors import UserError
+from ..export.folder import export as write_folder
+from ..methods.base import DiffusionMethod, Method
+from ..models.registry import FAMILIES
+from ..recipe import Recipe, load_recipe
+from ..roles import Handle, assemble
+from . import checkpoint, distributed
+from .trainer import restore_roles
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def export_run(trainer: Trainer) -> Path | None:
+    """Writes `model/` of a run that just ended; None on other processes, or when the method exports nothing."""
+    if distributed.rank() != 0 or trainer.method.exported() not in trainer.handles:
+        return None
+    return _write(trainer.method, trainer.handles, trainer.recipe, trainer.folder / "model", trainer.total)
+
+
+def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
+    """Writes the exported role of a checkpoint (the newest, or that of `step`) of the run folder into the folder `to`.
+
+    The same as `fewstep export RUN --to DIR`. Raises UserError when there is no such run, checkpoint, or `to` is taken.
+    """
+    folder, target = Path(run), Path(to)
+    root = folder / "checkpoints"
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"'{folder}' is no run folder: it has no recipe.yaml")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"'{target}' is not empty: choose another folder")
+    done = checkpoint.steps(root)
+    if not done or (step is not None and step not in done):
+        raise UserError(f"'{folder}' has no checkpoint{f' of step {step}' if step else ''}: it has {done or 'none'}")
+    recipe = load_recipe(folder / "recipe.yaml")
+    saved = checkpoint.load(root / f"step-{step if step is not None else done[-1]}")
+    method = recipe.build_method()
+    roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or r.tune == "frozen"]
+    handles = assemble(roles, recipe.roles, recipe.train.seed)
+    method.bind(handles, {name: make_source(config) for name, config in recipe.data.items()}, {})
+    restore_roles(handles, saved)
+    return _write(method, handles, recipe, target, int(saved.state["total"]))
+
+
+def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:
+    handle = handles[method.exported()]
+    diffusion = isinstance(method, DiffusionMethod)
+    return write_folder(
+        method.exported_module(),
+        FAMILIES.get(str(handle.family)),
+        handle.path,
+        method.schedule() if diffusion else None,
+        to,
+        steps_offered=method.steps_offered() if diffusion else (),
+        card=_card(method, handle, recipe, steps),
+        adapter=handle.adapter,
+    )
+
+
+def _card(method: Method, handle: Handle, recipe: Recipe, steps: int) -> dict[str, Any]:
+    paper = {"title": method.paper.title, "id": method.paper.id} if method.paper is not None else None
+    return {
+        "method": recipe.method,
+        "paper": paper,
+        "base": handle.origin,
+        "training_steps": steps,
+        "recipe": recipe.plain(),
+        "evaluation": recipe.evaluation.model_dump(exclude_none=True),
+    }

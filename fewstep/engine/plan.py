@@ -1,0 +1,180 @@
+"""What a recipe would hold in memory and run, worked out on weights without storage. Nothing is trained.
+
+With P the bytes of a role's trained parameters, a role costs
+
+    weights (what it adds: all of its network, or the adapter alone on a shared base)
+    + P of gradients + k P of optimiser state (Adam 2, SGD with momentum 1) + P of EMA
+
+and a run peaks at the weights and EMAs of all roles plus, over its stages, the largest gradients and optimiser state of
+the roles that train together. Activations come on top; they depend on micro-batch, sizes and checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.registry import SOURCES
+from ..errors import UserError
+from ..methods.base import Method, Stage
+from ..recipe import Recipe, load_recipe
+from ..roles import Handle, OptimizerSpec, assemble
+from .sizes import cut, sizes
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """One role. `parameters` of the network it computes with, `trained` of them; the rest in bytes.
+
+    shares: the role on whose copy of the weights this one is a view, or None. weights: what the role adds to memory.
+    alone: weights, gradients, optimizer and ema if the role were a full network of its own, tuned in full if it trains.
+    """
+
+    name: str
+    source: str
+    shares: str | None
+    tune: str
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    alone: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. steps: None for one pass over the data (offline). batch = micro_batch x parts rows on one process."""
+
+    name: str
+    trains: tuple[str, ...]
+    data: tuple[str, ...]
+    steps: int | None
+    batch: int
+    micro_batch: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Roles, stages and peak bytes: with roles as views on shared bases (`peak_bytes`), or as full copies."""
+
+    method: str
+    roles: tuple[RolePlan, ...]
+    stages: tuple[StagePlan, ...]
+    peak_bytes: int
+    copies_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Full copies / views."""
+        return self.copies_bytes / self.peak_bytes if self.peak_bytes else 1.0
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe on one process. The same as `fewstep plan RECIPE a.b=c`.
+
+    Raises UserError for whatever the recipe gets wrong about keys, values, folders, data sources and batches.
+    """
+    loaded = load_recipe(recipe, overrides)
+    method = loaded.build_method()
+    skipped = {name for name, patch in loaded.stages.items() if patch.skip}
+    stages = [stage for stage in method.stages() if stage.name not in skipped]
+    _check_sources(loaded, stages)
+    described = tuple(_stage(stage, loaded, method) for stage in stages)
+    roles = _roles(_handles(method, loaded, stages))
+    own = {r.name: {"weights": r.weights, "gradients": r.gradients, "optimizer": r.optimizer, "ema": r.ema} for r in roles}
+    copies = {r.name: r.alone for r in roles}
+    return Plan(loaded.method, roles, described, _peak(own, described), _peak(copies, described))
+
+
+def _check_sources(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    for config in recipe.data.values():
+        SOURCES.get(str(config.get("source")))
+    for stage in stages:
+        missing = [name for name in _names(stage.data) if name not in recipe.data]
+        if missing:
+            raise UserError(f"stage '{stage.name}' reads data.{missing[0]}: write `data: {{{missing[0]}: {{source: ...}}}}`")
+
+
+def _names(data: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (data,) if isinstance(data, str) else tuple(data)
+
+
+def _stage(stage: Stage, recipe: Recipe, method: Method) -> StagePlan:
+    said = sizes(stage, recipe)
+    if stage.offline:
+        return StagePlan(stage.name, (), _names(stage.data), None, said.batch, said.batch, 1)
+    parts = cut(said.batch, recipe, method)
+    return StagePlan(stage.name, stage.trains, _names(stage.data), said.steps, said.batch, parts.micro, parts.parts)
+
+
+def _handles(method: Method, recipe: Recipe, stages: Iterable[Stage]) -> dict[str, Handle]:
+    """Every role that some stage uses, on the meta device; with storage where a network cannot be made without."""
+    declared = method.roles()
+    used = {name for s in stages for name in (s.uses if s.uses is not None else [r.name for r in declared])}
+    roles = [role for role in declared if role.name in used]
+    try:
+        with torch.device("meta"):
+            return assemble(roles, recipe.roles, recipe.train.seed, "meta")
+    except (NotImplementedError, RuntimeError):  # a constructor that computes with its weights
+        return assemble(roles, recipe.roles, recipe.train.seed)
+
+
+def _roles(handles: Mapping[str, Handle]) -> tuple[RolePlan, ...]:
+    owners: dict[int, str] = {}
+    rows = []
+    for name, handle in handles.items():
+        owner = owners.setdefault(id(handle.module), name)
+        rows.append(_role(handle, None if owner == name else owner))
+    return tuple(rows)
+
+
+def _role(handle: Handle, shares: str | None) -> RolePlan:
+    base, adapter = list(handle.module.parameters()), list(handle.adapter.parameters()) if handle.adapter is not None else []
+    trained = list(handle.trainable().values())
+    whole = _bytes([*base, *handle.module.buffers()])
+    averaged = handle.spec.ema is not None
+    return RolePlan(
+        name=handle.name,
+        source=handle.origin or handle.spec.source or f"built for {handle.name}",
+        shares=shares,
+        tune=handle.tune,
+        parameters=_count(base) + _count(adapter),
+        trained=_count(trained),
+        weights=_bytes(adapter) + (0 if shares else whole),
+        **_training(handle.spec.optimizer, trained, averaged),
+        alone={"weights": whole, **_training(handle.spec.optimizer, base if trained else [], averaged)},
+    )
+
+
+def _training(spec: OptimizerSpec, trained: Sequence[Tensor], averaged: bool) -> dict[str, int]:
+    size = _bytes(trained)
+    return {"gradients": size, "optimizer": _optimizer(spec, trained), "ema": size if averaged else 0}
+
+
+def _optimizer(spec: OptimizerSpec, trained: Sequence[Tensor]) -> int:
+    if spec.name == "sgd":
+        return _bytes(trained) if spec.momentum else 0
+    return 2 * _bytes(trained) + 4 * len(trained)  # two moments, and a float32 step counter a parameter
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _peak(costs: Mapping[str, Mapping[str, int]], stages: Iterable[StagePlan]) -> int:
+    """Weights and EMAs stay; gradients and optimisers live as long as their stage."""
+    held = sum(cost["weights"] + cost["ema"] for cost in costs.values())
+    working = [sum(costs[r]["gradients"] + costs[r]["optimizer"] for r in stage.trains) for stage in stages]
+    return held + max(working, default=0)

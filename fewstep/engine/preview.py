@@ -1,0 +1,35 @@
+"""Sample grids as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
+    """Images [n, C, H, W] in [-1, 1] or uint8 as one picture; small ones are enlarged so that a cell has 48 pixels or more."""
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    n, channels, height, width = pixels.shape
+    scale = scale or max(1, -(-48 // height))
+    rows = -(-n // columns)
+    canvas = np.zeros((rows * (height * scale + 2), columns * (width * scale + 2), channels), np.uint8) + 32
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        y, x = (i // columns) * (height * scale + 2), (i % columns) * (width * scale + 2)
+        canvas[y : y + height * scale, x : x + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas[..., :3])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded and clipped as diffusers' pipelines do."""
+    return ((images.detach().float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def save_grid(images: Tensor, file: Path, columns: int = 10) -> Path:
+    """Writes a grid, making the folder when needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, columns).save(file)
+    return file

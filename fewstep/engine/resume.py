@@ -1,0 +1,33 @@
+"""Whether a checkpoint belongs to a recipe: habits may change between runs, what is trained may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import UserError
+from ..recipe import Recipe
+from .checkpoint import Checkpoint
+
+# Rows are addressed by their slot in the global batch, so the cut into micro-batches and processes may change as well.
+FREE = {"train.save_every", "train.keep_last", "train.log_every", "train.trackers", "train.micro_batch", "validate", "preview", "guards", "stores", "evaluation"}
+
+
+def check_same_recipe(recipe: Recipe, saved: Checkpoint) -> None:
+    """UserError naming the first field that differs from the run's own recipe."""
+    now, then = dict(_flat(recipe.plain())), dict(_flat(saved.state["recipe"]))
+    for key in sorted(now.keys() | then.keys()):
+        if any(key == free or key.startswith(free + ".") for free in FREE) or now.get(key) == then.get(key):
+            continue
+        raise UserError(
+            f"cannot resume: {key} was {then.get(key)!r} and is {now.get(key)!r}. "
+            f"Resume with {saved.folder.parent.parent / 'recipe.yaml'}, or start a new --out"
+        )
+
+
+def _flat(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in said.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

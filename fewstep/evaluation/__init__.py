@@ -1,0 +1,1 @@
+"""Scores of generated samples, each with the protocol it was measured under."""

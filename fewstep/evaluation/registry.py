@@ -1,0 +1,19 @@
+"""The table of metrics. A new one is a line here, or an entry point in the group `fewstep.metrics`.
+
+A metric is a function from an `EvaluationSet` to named numbers.
+"""
+
+from __future__ import annotations
+
+from ..registry import Registry
+
+METRICS = Registry(
+    "metric",
+    "fewstep.metrics",
+    {
+        "fid": "fewstep.evaluation.metrics:fid",
+        "prdc": "fewstep.evaluation.metrics:precision_recall",
+        "accuracy": "fewstep.evaluation.metrics:accuracy",
+        "diversity": "fewstep.evaluation.metrics:diversity",
+    },
+)

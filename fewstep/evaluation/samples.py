@@ -1,0 +1,123 @@
+"""The images that are scored: drawn from an exported pipeline, or read from a folder; and what is written of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.image_folder import decode, list_images
+from ..errors import UserError
+from .manifest import (
+    MANIFEST,
+    METRICS_FILE,
+    Score,
+    read_manifest,
+    samples_of,
+    write_images,
+    write_manifest,
+    write_scores,
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """uint8 images [n, C, H, W] and the labels [n] asked for, or None.
+
+    facts: how a pipeline made them (`nfe`, `ms_per_image`, `steps`, `timesteps`, `scheduler`, `guidance`); empty for
+    images from elsewhere.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether `folder` is a model; else it is taken for images. UserError when it does not exist."""
+    if not folder.is_dir():
+        raise UserError(f"no folder '{folder}': give an exported model or a folder of images")
+    return (folder / "model_index.json").exists() or (folder / "fewstep.json").exists()
+
+
+def draw(folder: Path, n: int, seed: int, steps: int | None, guidance: float | None, batch: int) -> Made:
+    """n images of the pipeline in `folder`; image i is a function of (seed, i). None: the model's own steps."""
+    from ..export.pipeline import generate
+
+    made = generate(folder, n, seed=seed, steps=steps, guidance=guidance, batch=batch)
+    timesteps = [float(t) for t in made.timesteps]
+    facts = {
+        "nfe": made.nfe,
+        "ms_per_image": made.ms_per_image,
+        "steps": len(timesteps),
+        "timesteps": timesteps,
+        "scheduler": made.scheduler,
+        "guidance": made.guidance,
+    }
+    return Made(made.images, made.labels, facts)
+
+
+def read_images(folder: Path, n: int | None = None) -> Made:
+    """n images (None: all) of `folder`, or of `folder/images`; labels from class folders, else from manifest.jsonl.
+
+    A cut takes the first n by name, or of class folders an equal share of each.
+    """
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    files, names = list_images(root)
+    n = n or len(files)
+    if n > len(files):
+        raise UserError(f"'{root}' has {len(files)} images, not {n}: lower n")
+    files = [files[i * len(files) // n] for i in range(n)] if names else files[:n]
+    labels = torch.tensor([names.index(file.parent.name) for file in files]) if names else None
+    return Made(_stack(files), labels if names else _manifest_labels(folder / MANIFEST, n))
+
+
+def write_run(made: Made, scores: Sequence[Score], out: Path, seed: int) -> None:
+    """Writes metrics.json, and for drawn images also the images and manifest.jsonl, into `out`."""
+    if made.facts:
+        shared = {key: made.facts[key] for key in ("nfe", "guidance", "scheduler")}
+        write_images(made.images, out / "images")
+        timesteps = tuple(made.facts["timesteps"])
+        write_manifest(samples_of(made.images, made.labels, seed, timesteps=timesteps, **shared), out / MANIFEST)
+    write_scores(scores, out / METRICS_FILE)
+
+
+def _stack(files: Sequence[Path]) -> Tensor:
+    channels = _channels(files[0])
+    images = [_read(file, channels) for file in files]
+    for file, image in zip(files, images):
+        if image.shape != images[0].shape:
+            sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, images[0])]
+            raise UserError(
+                f"'{file}' is {sizes[0]} and '{files[0]}' is {sizes[1]}: all images of a score have one size"
+            )
+    return torch.stack(images)
+
+
+def _read(file: Path, channels: int) -> Tensor:
+    pixels = decode(file, None, channels)
+    if pixels is None:
+        raise UserError(f"cannot decode '{file}': remove it, or write it anew")
+    return torch.from_numpy(pixels.copy())
+
+
+def _channels(file: Path) -> int:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            return 1 if opened.mode in ("1", "L", "LA", "I", "I;16") else 3
+    except OSError:
+        return 3  # the reader says what is wrong with it
+
+
+def _manifest_labels(file: Path, n: int) -> Tensor | None:
+    if not file.exists():
+        return None
+    labels = [sample.label for sample in sorted(read_manifest(file), key=lambda s: s.index)[:n]]
+    known = [label for label in labels if label is not None]
+    return torch.tensor(known) if len(known) == n else None

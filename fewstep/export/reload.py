@@ -1,0 +1,67 @@
+"""The proof at the end of an export: a fresh process that has only diffusers makes the trainer's own images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import RunFailed, UserError
+from ..models.folder import card
+from . import fresh
+
+TOLERANCE = 1e-4
+
+
+def reload_check(
+    folder: str | Path, expected: Tensor, latents: Tensor, labels: Tensor | None = None, renoise: Sequence[Tensor] = ()
+) -> float:
+    """Largest absolute difference between `expected` and the images of the reloaded folder, both in 0..1.
+
+    expected [n, channels, height, width] in [-1, 1], as `Method.samples` gives them; latents: unit noise they start
+    from, [n, *row_shape]; labels [n] int64; renoise: the noise added after level 1, 2, ... by a "renoise" schedule.
+    Raises RunFailed when the folder does not load without fewstep, or the difference is 1e-4 or more.
+    """
+    said = card(Path(folder))
+    if not said.get("pipeline"):
+        raise UserError(f"'{folder}' holds no pipeline that diffusers could load: nothing to compare")
+    given = {f"noise.{i}": noise for i, noise in enumerate((latents, *renoise))}
+    if labels is not None and said["classes"]:
+        given["labels"] = labels
+    images = fresh_images(Path(folder), said, given)
+    difference = ((expected.cpu().float() / 2 + 0.5).clamp(0, 1) - images).abs().max().item()
+    if not difference < TOLERANCE:
+        raise RunFailed(
+            f"'{folder}' reloaded in a fresh process is off by {difference:.1e}: it does not make the trained images"
+        )
+    return difference
+
+
+def fresh_images(folder: Path, said: Mapping[str, Any], given: Mapping[str, Tensor]) -> Tensor:
+    """Images [n, channels, height, width] in 0..1 from a process of its own that cannot import fewstep."""
+    words = {
+        "steps": str(len(said["schedule"]["u"])),
+        "guidance": str(said["schedule"]["guidance"]),
+        "trust": "yes" if said["remote_code"] else "no",
+    }
+    with tempfile.TemporaryDirectory() as place:
+        request, answer = Path(place, "request.safetensors"), Path(place, "answer.safetensors")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}, request, words)
+        command = [sys.executable, fresh.__file__, str(folder.resolve()), str(request), str(answer)]
+        # The pipeline's file is copied to HF_MODULES_CACHE before it is run: not into the user's own cache.
+        environment = {**os.environ, "HF_MODULES_CACHE": place, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunFailed(f"'{folder}' does not run in a fresh process that has only diffusers: {last}")
+        with safe_open(answer, "pt") as file:
+            return file.get_tensor("images").to(torch.float32)

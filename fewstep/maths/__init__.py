@@ -1,0 +1,1 @@
+"""Pure functions of tensors: paths, clocks, guidance, solvers, losses, divergences."""

@@ -1,0 +1,1 @@
+"""Methods whose students are denoisers, one file a paper."""

@@ -1,0 +1,18 @@
+"""The table of methods. A new one is a line here, or an entry point in the group `fewstep.methods`."""
+
+from __future__ import annotations
+
+from ..registry import Registry
+
+METHODS = Registry(
+    "method",
+    "fewstep.methods",
+    {
+        "flow_matching": "fewstep.methods.diffusion.flow_matching:FlowMatching",
+        "decoupled_dmd": "fewstep.methods.diffusion.decoupled_dmd:DecoupledDMD",
+        "ferkd": "fewstep.methods.vision.ferkd:FerKD",
+        "masked_lm": "fewstep.methods.language.masked_lm:MaskedLM",
+        "text_classify": "fewstep.methods.language.text_classify:TextClassify",
+        "ernie_tiny": "fewstep.methods.language.ernie_tiny:ErnieTiny",
+    },
+)

@@ -1,0 +1,1 @@
+"""Methods whose student looks at images and answers with classes or features."""

@@ -1,0 +1,1 @@
+"""Base-model families, one file each: how a network is built, loaded, called and saved."""

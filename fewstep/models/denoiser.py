@@ -1,0 +1,100 @@
+"""A role shown as a flow network, whatever its own parameterisation is on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Cond
+from ..maths.losses import mse_rows
+from ..maths.paths import Path, add_noise, eps_from_velocity, score_from_velocity, x0_from_velocity
+from .registry import FAMILIES
+
+if TYPE_CHECKING:
+    from ..roles import Handle
+    from .family import DiffusionFamily
+
+
+class Denoiser:
+    """x_t = (1 - t) x0 + t eps; `velocity` predicts eps - x0. All methods take x [rows, ...], t [rows] and a Cond.
+
+    x is the flow state; a variance-preserving network is fed path.scale(t) * x and its own timestep. Answers come back
+    in float32 (float64 stays float64), whatever precision the network runs in.
+    """
+
+    def __init__(self, handle: Handle, family: DiffusionFamily, path: Path):
+        self.handle, self.family, self.path = handle, family, path
+        self.row_shape = family.row_shape(handle.module)
+        if not handle.role.train_mode:
+            handle.module.eval()  # some stock classes drop conditions by themselves in train mode
+
+    @classmethod
+    def of(cls, handle: Handle) -> Denoiser:
+        """The denoiser of a role whose family and path are known."""
+        assert handle.family is not None and handle.path is not None
+        return cls(handle, FAMILIES.get(handle.family), handle.path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("handle", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.handle, name)  # trainable(), ema, assign(), ... are the handle's
+
+    def output(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own answer (v, eps, x0, ... as trained) at flow state x."""
+        state = self.path.native(x, t)
+        scale = self.path.input_scale(t)
+        if isinstance(scale, Tensor) or scale != 1:
+            state = state * _expand(scale, state)
+        arguments = self.family.pack(self.handle.module, state, self.path.timestep(t), cond)
+        answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
+        return answer if answer.dtype == torch.float64 else answer.float()
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """v(x, t, cond), eps - x0 in expectation."""
+        return self.path.velocity(self.output(x, t, cond), x, t)
+
+    def x0(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Predicted clean sample, x - t v."""
+        return x0_from_velocity(x, self.velocity(x, t, cond), t)
+
+    def eps(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Predicted noise, x + (1 - t) v."""
+        return eps_from_velocity(x, self.velocity(x, t, cond), t)
+
+    def score(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Gradient of log p_t, -eps / t."""
+        return score_from_velocity(x, self.velocity(x, t, cond), t)
+
+    def denoising_loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Mean squared error a row [rows], in the network's own parameterisation (each weighs noise levels its own way)."""
+        x = add_noise(x0, eps, t)
+        return mse_rows(self.output(x, t, cond), self.path.target(x0, eps, t))
+
+    def null(self, cond: Cond) -> Cond:
+        """The unconditional condition with the rows of `cond`."""
+        return self.family.null(self.handle.module, cond)
+
+    def features(self, x: Tensor, t: Tensor, cond: Cond, layers: tuple[str, ...] | None = None) -> list[Tensor]:
+        """Activations of the named submodules (default: the family's deepest) while the network runs on x."""
+        names = layers or tuple(self.family.facts.feature_layers[:1])
+        kept: dict[str, Tensor] = {}
+        hooks = [self.handle.module.get_submodule(n).register_forward_hook(_keep(kept, n)) for n in names]
+        try:
+            self.output(x, t, cond)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [kept[name] for name in names]
+
+
+def _keep(kept: dict[str, Tensor], name: str) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        kept[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _expand(scale: Any, like: Tensor) -> Any:
+    return scale.reshape(-1, *[1] * (like.ndim - 1)) if isinstance(scale, Tensor) else scale

@@ -1,0 +1,137 @@
+"""What the toolkit has to know about a base model: a record of facts and four small functions.
+
+Facts are data, so that a new family is mostly a table row; what cannot be said in data (packing of latents, lists,
+masks) is code in the family's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from ..data.batch import Cond
+from ..maths.paths import Path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network as it comes from a folder or a builder. `path` is None for networks that are no denoisers."""
+
+    module: nn.Module
+    family: str
+    path: Path | None = None
+
+
+class Family(Protocol):
+    """What roles and export ask of any family; diffusion families answer through `DiffusionFamily`."""
+
+    name: str
+
+    def build(self, **config: Any) -> Loaded:
+        """A network with random weights, sized by the recipe's `build:`; unknown keys raise UserError."""
+
+    def load(self, folder: FilePath) -> Loaded:
+        """The network that `folder` holds, without running code from it."""
+
+    def save(self, module: nn.Module, folder: FilePath) -> None:
+        """Writes the network into `folder`, in its ecosystem's form."""
+
+    def lora_targets(self, width: str) -> Sequence[str]:
+        """Layer names for `lora.targets: default | wide | all`."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What the network's input is, against pixels: `channels`, spatial `factor` of the VAE, `patch` packed into channels,
+    `multiple` that sizes must divide, temporal `frames` factor. Pixel families have factor 1."""
+
+    channels: int | None = None
+    factor: int = 1
+    patch: int = 1
+    multiple: int = 1
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The declarative part of a diffusion family.
+
+    pipeline, component: the stock pipeline class and the name of the network in it.
+    network: "module:Class" of the network.
+    time_reversed: fed 1 - t.  time_dtype: dtype to which a pipeline casts t before the call (None: float32).
+    sign: v = sign * output.  out_channels: "half" when the second half is a learned variance.
+    vae_norm: how latents are scaled.  guidance: classifier-free, embedded as an input, or both.
+    guidance_offset: usual scale - the pipeline's number.  guidance_rescale: "norm" where the pipeline renormalises.
+    null: what stands for "no condition".  step_generator: the stock pipeline hands its generator to scheduler.step.
+    lora_mixin, lora_prefix: of the stock LoRA loader, if any.  lora: layer names by width.
+    scalar_slot: where a second scalar (time or guidance) can enter the stock class.
+    feature_layers: where discriminator heads read, deepest first.
+    train_dropout: the class drops conditions by itself in train mode, so it is always held in eval mode.
+    """
+
+    pipeline: str
+    component: Literal["unet", "transformer"]
+    network: str
+    time_reversed: bool = False
+    time_dtype: str | None = None
+    sign: Literal[1, -1] = 1
+    out_channels: Literal["all", "half"] = "all"
+    latent: Latent = Latent()
+    vae_norm: Literal["none", "scale", "scale_shift", "mean_std", "batchnorm"] = "none"
+    guidance: Literal["cfg", "embedded", "both", "none"] = "cfg"
+    guidance_offset: float = 0.0
+    guidance_rescale: Literal["none", "norm"] = "none"
+    null: Literal["class", "empty_text", "zeros", "none"] = "class"
+    step_generator: bool = True
+    lora_mixin: str | None = None
+    lora_prefix: str = ""
+    lora: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    scalar_slot: Literal["timestep_cond", "guidance", "class_labels", "r_timestep"] | None = None
+    feature_layers: Sequence[str] = ()
+    train_dropout: bool = False
+
+
+class DiffusionFamily:
+    """A family of denoising networks. Subclasses set `name` and `facts` and write `build`, `pack`, and what differs."""
+
+    name: str
+    facts: Facts
+
+    def build(self, **config: Any) -> Loaded:
+        """A network with random weights."""
+        raise NotImplementedError
+
+    def load(self, folder: FilePath) -> Loaded:
+        """Network and path from an exported or stock pipeline folder."""
+        from .folder import load_component
+
+        return load_component(self, folder)
+
+    def save(self, module: nn.Module, folder: FilePath) -> None:
+        """Writes `folder/<component>/` as diffusers does (safetensors and config.json)."""
+        module.save_pretrained(folder / self.facts.component)  # type: ignore[operator]
+
+    def lora_targets(self, width: str) -> Sequence[str]:
+        """Layer names by width; "all" is every Linear and Conv2d."""
+        return ["*"] if width == "all" else self.facts.lora[width]
+
+    def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:
+        """Keyword arguments of the network's forward. `x` is the native state, `timestep` the label [rows]."""
+        raise NotImplementedError
+
+    def unpack(self, module: nn.Module, output: Any, x: Tensor) -> Tensor:
+        """The network's answer in the shape of `x`."""
+        sample = output.sample if hasattr(output, "sample") else output[0]
+        return sample[:, : x.shape[1]] if self.facts.out_channels == "half" else sample
+
+    def null(self, module: nn.Module, cond: Cond) -> Cond:
+        """The condition that stands for "none", with the rows of `cond`. Raises UserError when the network has none."""
+        raise NotImplementedError
+
+    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Shape of one row of the network's input, [channels, height, width]."""
+        raise NotImplementedError

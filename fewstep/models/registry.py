@@ -1,0 +1,19 @@
+"""The table of families. A new one is a line here, or an entry point in the group `fewstep.families`."""
+
+from __future__ import annotations
+
+from ..registry import Registry
+
+FAMILIES = Registry(
+    "family",
+    "fewstep.families",
+    {
+        "unet2d": "fewstep.models.unet2d:UNET2D",
+        "dit": "fewstep.models.dit:DIT",
+        "gaussian": "fewstep.models.oracle:GAUSSIAN",
+        "gaussian_mixture": "fewstep.models.oracle:GAUSSIAN_MIXTURE",
+        "mlp": "fewstep.models.oracle:MLP",
+        "cnn": "fewstep.models.cnn:CNN",
+        "text_encoder": "fewstep.models.text_encoder:TEXT_ENCODER",
+    },
+)

@@ -1,0 +1,108 @@
+"""Discriminator heads: from a denoiser's activations to one logit a row.
+
+A head is chosen by the shape of what it reads: feature maps [rows, channels, height, width] get convolutions, tokens
+[rows, tokens, width] are laid out as the square they came from, vectors [rows, width] get two linear layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Cond
+
+if TYPE_CHECKING:
+    from ..models.denoiser import Denoiser
+
+
+class Discriminator(nn.Module):
+    """One head a feature; the logit [rows] is the mean over heads.
+
+        heads = Discriminator.reading(teacher, layers=("mid_block",))
+        logits = heads(teacher.features(x, t, cond, ("mid_block",)))
+
+    shapes: of one row of each feature.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]]):
+        super().__init__()
+        self.heads = nn.ModuleList(HEADS[len(shape)](*shape) for shape in shapes)
+
+    @classmethod
+    @torch.no_grad()
+    def reading(cls, denoiser: Denoiser, layers: tuple[str, ...] | None) -> Discriminator:
+        """Heads for these activations of a label-conditional or unconditional denoiser; a call on zeros tells shapes."""
+        x = torch.zeros(1, *denoiser.row_shape, device=denoiser.device)
+        label = torch.zeros(1, dtype=torch.long, device=x.device)
+        features = denoiser.features(x, torch.full((1,), 0.5, device=x.device), Cond(label=label), layers)
+        return cls([feature.shape[1:] for feature in features])
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits [rows] from features in the order of `shapes`."""
+        logits = [head(feature).flatten(1).mean(1) for head, feature in zip(self.heads, features, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+class MapHead(nn.Sequential):
+    """Stride-2 4x4 convolutions at constant width down to 4x4, one that spans the rest, a 1x1 to the logit.
+
+    GroupNorm and SiLU after each, the head that DMD2 puts on the fake model's bottleneck (arXiv 2405.14867, appendix).
+    """
+
+    def __init__(self, channels: int, height: int, width: int):
+        layers: list[nn.Module] = []
+        while min(height, width) >= 8:
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_norm(channels)]
+            height, width = height // 2, width // 2
+        layers += [nn.Conv2d(channels, channels, (min(4, height), min(4, width)), stride=4), *_norm(channels)]
+        super().__init__(*layers, nn.Conv2d(channels, 1, 1))
+
+
+class TokenHead(nn.Sequential):
+    """Tokens as a square map; a stride-2 4x4 convolution to half the width, GroupNorm, LeakyReLU(0.2), 1x1 to logits.
+
+    The logits are averaged over places, the head that FastGen puts on a transformer's middle block.
+    """
+
+    def __init__(self, tokens: int, width: int):
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"{tokens} tokens are no square: name a feature layer with a square token grid")
+        half, kernel = max(1, width // 2), min(4, side)
+        super().__init__(
+            Square(side),
+            nn.Conv2d(width, half, kernel, stride=2, padding=1 if kernel == 4 else 0),
+            nn.GroupNorm(math.gcd(32, half), half),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(half, 1, 1),
+        )
+
+
+class VectorHead(nn.Sequential):
+    """Linear, SiLU, linear: for networks on points."""
+
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+
+class Square(nn.Module):
+    """[rows, side * side, width] -> [rows, width, side, side]."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The tokens as a map, row by row."""
+        return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+HEADS: dict[int, Callable[..., nn.Module]] = {3: MapHead, 2: TokenHead, 1: VectorHead}
+
+
+def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()

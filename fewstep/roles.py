@@ -1,0 +1,303 @@
+"""Roles: which network plays the student, the teacher, the fake score, and what of it trains.
+
+A method declares `Role`s; the recipe says with a `RoleSpec` where each comes from and how it is tuned; `assemble` gives
+back `Handle`s. On a shared base a handle is a view `(module, adapter or none)`: teacher = no adapter, student and fake
+score = two adapters on one copy of the weights. The adapter is part of the *call* (see `nets/lora.py`), never module
+state, so nothing has to be switched and activation checkpointing recomputes with the adapter the forward had.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from .errors import UserError, nearest
+from .maths.paths import Path
+from .maths.scalars import Scalar
+from .models.family import Loaded
+from .models.folder import open_model
+from .models.registry import FAMILIES
+from .nets.lora import Adapter, checkpointed, use
+
+Tune = Literal["full", "lora", "frozen"]
+
+
+class OptimizerSpec(BaseModel):
+    """One optimiser a trainable role. `lr` may be a schedule; `warmup` and `decay` shape it over the stage."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Scalar = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    clip: float | None = Field(default=1.0, description="largest gradient norm of this role; null = off")
+
+
+class LoraSpec(BaseModel):
+    """Low-rank adapters: y += alpha / rank * up(down(x)) on the modules whose name ends in one of `targets`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rank: int = Field(default=16, gt=0)
+    alpha: float | None = Field(default=None, description="default: the rank, so that the factor is 1")
+    targets: Literal["default", "wide", "all"] | list[str] = "default"
+
+
+class RoleSpec(BaseModel):
+    """What a recipe may say about a role, e.g. `student: {from: teacher, tune: lora, lora: {rank: 32}}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    source: str | None = Field(default=None, alias="from", description="folder, hub id, another role, or a family to build")
+    build: dict[str, Any] = Field(default={}, description="sizes, when `from` names a family")
+    tune: Tune | None = None
+    lora: LoraSpec = LoraSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema: float | None = Field(default=None, ge=0, lt=1, description="decay of the averaged copy; null = none")
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Role:
+    """A role as its method declares it. `defaults` are the paper's values for the recipe's RoleSpec, below what a user writes.
+
+    init: another role to start from (shared base when tuned by LoRA or frozen, a copy when tuned in full), or None: the
+        recipe must say `from`. build: makes the module from the handles assembled so far (heads, projectors); such
+        parts are dropped at export unless the method exports them.
+    """
+
+    name: str
+    tune: Tune = "frozen"
+    init: str | None = None
+    build: Callable[[Mapping[str, Handle]], nn.Module] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    train_mode: bool = False  # dropout and BatchNorm live; score networks stay in eval mode
+
+
+class Handle:
+    """A network as a method sees it: call it like the module. `handle.module` is the base, `handle.adapter` may be None."""
+
+    def __init__(
+        self,
+        role: Role,
+        module: nn.Module,
+        spec: RoleSpec,
+        tune: Tune,
+        adapter: Adapter | None = None,
+        family: str | None = None,
+        path: Path | None = None,
+        origin: str | None = None,
+    ):
+        self.role, self.module, self.adapter, self.spec, self.tune = role, module, adapter, spec, tune
+        self.family, self.path, self.origin = family, path, origin
+        self.autocast: torch.dtype | None = None  # set by the trainer from train.precision
+        owner = adapter if adapter is not None else module
+        self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
+        self.ema: dict[str, Tensor] | None = None
+        if spec.ema is not None and tune != "frozen":
+            self.ema = {name: p.detach().clone() for name, p in self.trainable().items()}
+
+    @property
+    def name(self) -> str:
+        """The role's name."""
+        return self.role.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, seen through this role's adapter."""
+        with use(self.adapter), self._precision():
+            return self.module(*args, **kwargs)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def part(self, path: str) -> Callable[..., Any]:
+        """A submodule under the same adapter: `teacher.part("layer4")(x)`. Gradients may flow through it."""
+        module = self.module.get_submodule(path)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with use(self.adapter), self._precision():
+                return module(*args, **kwargs)
+
+        return call
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters this role's optimiser steps, by name. Empty for a frozen role."""
+        return self._trainable
+
+    def train_here(self, yes: bool) -> None:
+        """Lets this role's parameters take part in gradients, or not: the trainer says it at the start of each stage."""
+        for p in self._trainable.values():
+            p.requires_grad_(yes)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this role: the adapter, or all parameters and buffers when tuned in full."""
+        if self.tune == "frozen":
+            return {}
+        return dict((self.adapter if self.adapter is not None else self.module).state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, in place."""
+        (self.adapter if self.adapter is not None else self.module).load_state_dict(dict(state), strict=True)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float | None = None) -> None:
+        """ema <- decay ema + (1 - decay) parameters."""
+        if self.ema is None:
+            return
+        weight = 1 - (decay if decay is not None else self.spec.ema or 0.0)
+        parameters = self.trainable()
+        torch._foreach_lerp_(list(self.ema.values()), [parameters[n].detach() for n in self.ema], weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the role computes with its EMA weights; without an EMA nothing changes."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.trainable()
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            for name, p in parameters.items():
+                p.data.copy_(self.ema[name])
+            yield
+        finally:
+            for name, p in parameters.items():
+                p.data.copy_(kept[name])
+
+    @torch.no_grad()
+    def pull_towards(self, other: Handle, keep: float) -> None:
+        """theta <- keep theta + (1 - keep) theta_other, name by name; both roles are tuned alike."""
+        mine, theirs = self.trainable(), other.trainable()
+        if mine.keys() != theirs.keys():
+            raise UserError(f"'{self.name}' and '{other.name}' hold different parameters: tune both alike (lora of equal rank, or full)")
+        torch._foreach_lerp_(list(mine.values()), [theirs[n].detach() for n in mine], 1 - keep)
+
+    @torch.no_grad()
+    def assign(self, other: Handle) -> None:
+        """Copies the other role's trained values into this one (restart of a fake score, swap of teachers)."""
+        self.pull_towards(other, keep=0.0)
+
+    def fingerprint(self) -> str:
+        """sha256 over the base weights' names, shapes and bytes; tells whether a folder still holds the same teacher."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        return digest.hexdigest()
+
+
+def merged(handle: Handle) -> nn.Module:
+    """A copy of the base with the adapter folded into its weights; what `model/` holds. Uses EMA weights when there are any."""
+    with handle.averaged():
+        module = copy.deepcopy(handle.module)
+        if handle.adapter is not None:
+            handle.adapter.merge_into(module)
+    return module.requires_grad_(False)
+
+
+def merge_spec(role: Role, spec: RoleSpec | None) -> RoleSpec:
+    """The role's defaults with the recipe's words on top."""
+    said = spec.model_dump(by_alias=True, exclude_unset=True) if spec is not None else {}
+    return RoleSpec.model_validate(_overlay(dict(role.defaults), said))
+
+
+def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in above.items():
+        both = isinstance(below.get(key), Mapping) and isinstance(value, Mapping)
+        below[key] = _overlay(dict(below[key]), value) if both else value
+    return below
+
+
+def assemble(roles: Sequence[Role], specs: Mapping[str, RoleSpec], seed: int, device: torch.device | str = "cpu") -> dict[str, Handle]:
+    """Builds every role's network once and returns the handles, in the order in which they depend on each other.
+
+    Raises UserError when a role has no source, a source does not exist, or roles start from each other in a circle.
+    """
+    handles: dict[str, Handle] = {}
+    waiting = list(roles)
+    names = {role.name for role in roles}
+    while waiting:
+        ready = [r for r in waiting if (_source(r, specs) not in names or _source(r, specs) in handles)]
+        if not ready:
+            raise UserError(f"roles start from each other in a circle: {', '.join(r.name for r in waiting)}")
+        for role in ready:
+            handles[role.name] = _handle(role, merge_spec(role, specs.get(role.name)), handles, seed, device)
+            waiting.remove(role)
+    return {role.name: handles[role.name] for role in roles}
+
+
+def _source(role: Role, specs: Mapping[str, RoleSpec]) -> str | None:
+    spec = specs.get(role.name)
+    return (spec.source if spec is not None and spec.source else None) or role.defaults.get("from") or role.init
+
+
+@contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Runs the block with torch's generators seeded from (seed, name), so that one role's init never moves another's."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "little")
+    with torch.random.fork_rng():
+        torch.manual_seed(number)
+        yield
+
+
+def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int, device: torch.device | str) -> Handle:
+    tune = spec.tune or role.tune
+    source = spec.source or role.init
+    with seeded(seed, role.name):
+        if source in handles:
+            return _from_role(role, spec, tune, handles[source])
+        loaded = _load(role, spec, source, handles)
+        module = loaded.module.to(device).requires_grad_(tune == "full").train(role.train_mode)
+        if spec.gradient_checkpointing:
+            checkpointed(module)
+        adapter = _adapter(module, spec, loaded.family).to(device) if tune == "lora" else None
+    origin = str(FilePath(source).resolve()) if source is not None and FilePath(source).is_dir() else source
+    return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin)
+
+
+def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
+    if tune != "full":  # one copy of the weights: a view
+        adapter = _adapter(base.module, spec, base.family).to(base.device) if tune == "lora" else None
+        if spec.gradient_checkpointing:
+            checkpointed(base.module)
+        return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin)
+    module = merged(base) if base.adapter is not None else copy.deepcopy(base.module)
+    module.requires_grad_(True).train(role.train_mode)
+    if spec.gradient_checkpointing:
+        checkpointed(module)
+    return Handle(role, module, spec, tune, None, base.family, base.path, base.origin)
+
+
+def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, Handle]) -> Loaded:
+    if source is None and role.build is not None:
+        return Loaded(role.build(handles), family="")
+    if source is None:
+        raise UserError(f"role '{role.name}' has no weights: write `{role.name}: {{from: FOLDER}}` in the recipe")
+    if source in FAMILIES:
+        return FAMILIES.get(source).build(**spec.build)
+    if spec.build:
+        raise UserError(f"{role.name}.build goes with a family in {role.name}.from, not with '{source}': {nearest(source, FAMILIES.names())}")
+    return open_model(source)
+
+
+def _adapter(module: nn.Module, spec: RoleSpec, family: str | None) -> Adapter:
+    targets = spec.lora.targets
+    if isinstance(targets, str):
+        targets = FAMILIES.get(family).lora_targets(targets) if family is not None else ["*"]
+    return Adapter(module, rank=spec.lora.rank, alpha=spec.lora.alpha or float(spec.lora.rank), targets=targets)

@@ -1,0 +1,98 @@
+"""Where roles' weights come from, and that a shared base really is one copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep.errors import UserError
+from fewstep.roles import Role, RoleSpec, assemble, merged
+
+TEACHER = RoleSpec.model_validate(
+    {"from": "unet2d", "build": {"sample_size": 8, "classes": 10, "block_out_channels": [8, 16], "norm_num_groups": 4}}
+)
+ROLES = (Role("student", tune="lora", init="teacher"), Role("teacher"), Role("fake_score", tune="lora", init="teacher"))
+
+
+def specs(**said):
+    return {"teacher": TEACHER, **{name: RoleSpec.model_validate(spec) for name, spec in said.items()}}
+
+
+def test_lora_roles_are_views_on_one_copy_of_the_weights():
+    handles = assemble(ROLES, specs(), seed=0)
+    assert handles["student"].module is handles["teacher"].module is handles["fake_score"].module
+    assert handles["student"].adapter is not handles["fake_score"].adapter
+    assert handles["teacher"].trainable() == {}
+    assert not any(p.requires_grad for p in handles["teacher"].module.parameters())
+
+
+def test_full_tuning_copies_the_weights():
+    handles = assemble(ROLES, specs(student={"tune": "full"}), seed=0)
+    student, teacher = handles["student"], handles["teacher"]
+    assert student.module is not teacher.module
+    assert len(student.trainable()) == len(list(student.module.parameters()))
+    for a, b in zip(student.module.parameters(), teacher.module.parameters()):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+def test_one_roles_init_does_not_move_anothers():
+    alone = assemble(ROLES[:2], specs(), seed=3)["student"].state()
+    beside = assemble(ROLES, specs(), seed=3)["student"].state()
+    other_seed = assemble(ROLES, specs(), seed=4)["student"].state()
+    assert all(torch.equal(alone[n], beside[n]) for n in alone)
+    assert any(not torch.equal(alone[n], other_seed[n]) for n in alone)
+
+
+def test_ema_follows_its_formula_and_is_used_within_the_block_only():
+    handle = assemble(ROLES, specs(student={"ema": 0.9}), seed=0)["student"]
+    name, parameter = next((n, p) for n, p in handle.trainable().items() if n.startswith("up."))
+    parameter.data.fill_(1.0)
+    handle.update_ema()
+    torch.testing.assert_close(handle.ema[name], torch.full_like(parameter, 0.1))
+    with handle.averaged():
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.1))
+    assert (parameter == 1).all()
+
+
+def test_merged_uses_ema_weights_and_leaves_the_base_alone():
+    handle = assemble(ROLES, specs(student={"ema": 0.5}), seed=0)["student"]
+    before = handle.fingerprint()
+    for p in handle.trainable().values():
+        p.data.fill_(0.2)
+    assert all(torch.equal(a, b) for a, b in zip(merged(handle).parameters(), handle.module.parameters())), (
+        "the EMA's up-projections are still zero"
+    )
+    handle.update_ema()
+    assert any(not torch.equal(a, b) for a, b in zip(merged(handle).parameters(), handle.module.parameters()))
+    assert handle.fingerprint() == before
+
+
+def test_pull_towards_keeps_the_share_it_is_told():
+    handles = assemble(ROLES, specs(), seed=0)
+    student, fake = handles["student"], handles["fake_score"]
+    name = next(iter(student.trainable()))
+    expected = 0.75 * fake.trainable()[name].detach() + 0.25 * student.trainable()[name].detach()
+    fake.pull_towards(student, keep=0.75)
+    torch.testing.assert_close(fake.trainable()[name].detach(), expected)
+    fake.assign(student)
+    assert torch.equal(fake.trainable()[name], student.trainable()[name])
+
+
+def test_unlike_roles_cannot_be_pulled():
+    handles = assemble(ROLES, specs(fake_score={"tune": "full"}), seed=0)
+    with pytest.raises(UserError, match="tune both alike"):
+        handles["fake_score"].pull_towards(handles["student"], 0.9)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"teacher": {}}, "role 'teacher' has no weights"),
+        ({"teacher": {"from": "no/such/folder"}}, "no model folder 'no/such/folder'"),
+        ({"teacher": {"from": "unet2d", "build": {"sample_sise": 8}}}, "did you mean 'sample_size'"),
+        ({"teacher": {"from": "student"}}, "in a circle"),
+    ],
+)
+def test_bad_sources_are_named(said, message):
+    with pytest.raises(UserError, match=message):
+        assemble(ROLES, {n: RoleSpec.model_validate(s) for n, s in said.items()}, seed=0)
