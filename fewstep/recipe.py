@@ -32,12 +32,18 @@ class TrainSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     steps: int = Field(gt=0, description="optimiser steps of a stage that says no length of its own")
     batch: int = Field(gt=0, description="rows of one step, over all processes")
-    micro_batch: int | None = Field(default=None, gt=0, description="rows of one forward pass; default: batch / processes")
-    save_every: int | None = Field(default=None, gt=0, description="steps between checkpoints; default: at the end only")
+    micro_batch: int | None = Field(
+        default=None, gt=0, description="rows of one forward pass; default: batch / processes"
+    )
+    save_every: int | None = Field(
+        default=None, gt=0, description="steps between checkpoints; default: at the end only"
+    )
     keep_last: int = Field(default=2, gt=0, description="checkpoints kept besides the best")
     log_every: int = Field(default=10, gt=0)
     seed: int = Field(default=0, ge=0)
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the networks' inside; maths stays in float32")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of the networks' inside; maths stays in float32"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 
@@ -49,7 +55,9 @@ class ValidateSpec(BaseModel):
     source: str = "train"
     metrics: list[str] = []
     n: int = Field(default=512, gt=0, description="rows, or samples drawn")
-    best: str | None = Field(default=None, description="metric whose best checkpoint is kept; `-name` when smaller is better")
+    best: str | None = Field(
+        default=None, description="metric whose best checkpoint is kept; `-name` when smaller is better"
+    )
 
 
 class PreviewSpec(BaseModel):
@@ -107,7 +115,9 @@ class Recipe(BaseModel):
     preview: PreviewSpec | None = None
     guards: GuardSpec = GuardSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    stores: str | None = Field(default=None, description="folder of offline stores shared by runs; default: inside the run")
+    stores: str | None = Field(
+        default=None, description="folder of offline stores shared by runs; default: inside the run"
+    )
 
     def build_method(self) -> Method:
         """The method with its config, before any network is loaded."""

@@ -16,3 +16,9 @@ def asset(name: str) -> Path:
 def config(name: str) -> Path:
     """Path of a shipped recipe, e.g. `config("decoupled_dmd/digits.yaml")`."""
     return _ROOT / "configs" / name
+
+
+def locate(source: str | Path) -> Path:
+    """A local path; `shipped:NAME` is the asset NAME, e.g. "shipped:teachers/digits"."""
+    text = str(source)
+    return asset(text.removeprefix("shipped:")) if text.startswith("shipped:") else Path(text)

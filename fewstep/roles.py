@@ -59,7 +59,9 @@ class RoleSpec(BaseModel):
     """What a recipe may say about a role, e.g. `student: {from: teacher, tune: lora, lora: {rank: 32}}`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    source: str | None = Field(default=None, alias="from", description="folder, hub id, another role, or a family to build")
+    source: str | None = Field(
+        default=None, alias="from", description="folder, hub id, another role, or a family to build"
+    )
     build: dict[str, Any] = Field(default={}, description="sizes, when `from` names a family")
     tune: Tune | None = None
     lora: LoraSpec = LoraSpec()
@@ -185,7 +187,9 @@ class Handle:
         """theta <- keep theta + (1 - keep) theta_other, name by name; both roles are tuned alike."""
         mine, theirs = self.trainable(), other.trainable()
         if mine.keys() != theirs.keys():
-            raise UserError(f"'{self.name}' and '{other.name}' hold different parameters: tune both alike (lora of equal rank, or full)")
+            raise UserError(
+                f"'{self.name}' and '{other.name}' hold different parameters: tune both alike (lora of equal rank, or full)"
+            )
         torch._foreach_lerp_(list(mine.values()), [theirs[n].detach() for n in mine], 1 - keep)
 
     @torch.no_grad()
@@ -198,7 +202,9 @@ class Handle:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            )
         return digest.hexdigest()
 
 
@@ -224,7 +230,9 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return below
 
 
-def assemble(roles: Sequence[Role], specs: Mapping[str, RoleSpec], seed: int, device: torch.device | str = "cpu") -> dict[str, Handle]:
+def assemble(
+    roles: Sequence[Role], specs: Mapping[str, RoleSpec], seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Handle]:
     """Builds every role's network once and returns the handles, in the order in which they depend on each other.
 
     Raises UserError when a role has no source, a source does not exist, or roles start from each other in a circle.
@@ -292,7 +300,9 @@ def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, 
     if source in FAMILIES:
         return FAMILIES.get(source).build(**spec.build)
     if spec.build:
-        raise UserError(f"{role.name}.build goes with a family in {role.name}.from, not with '{source}': {nearest(source, FAMILIES.names())}")
+        raise UserError(
+            f"{role.name}.build goes with a family in {role.name}.from, not with '{source}': {nearest(source, FAMILIES.names())}"
+        )
     return open_model(source)
 
 

@@ -16,9 +16,9 @@ from ..errors import UserError
 STDOUT = "-"
 
 
-def speaks() -> bool:
-    """Whether this process prints: the only one, or the first of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
+def process() -> int:
+    """Number of this process among those that a launcher started; 0 is the one that answers."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def only_json(to: str | None) -> Iterator[None]:
 
 def answer(found: Any, to: str | None, show: Callable[[], None]) -> None:
     """Shows the answer, unless stdout is promised to JSON, and writes `found` as JSON where asked."""
-    if not speaks():
+    if process() != 0:
         return
     if to != STDOUT:
         show()
@@ -74,12 +74,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*map(str, row))
+        shown.add_row(*(Text(str(cell)) for cell in row))  # plain text: rich would read [digits-cnn] as markup
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
 
 
@@ -91,5 +92,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MiB or GiB."""
+    """Bytes in MiB or GiB; a dash for none."""
+    if not count:
+        return "–"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

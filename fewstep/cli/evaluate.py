@@ -13,11 +13,17 @@ from .arguments import Guidance, Json, Seed, Steps
 
 Scored = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model folder, or a folder of images.")]
 Metrics = Annotated[str, typer.Option("--metrics", metavar="A,B", help="Names with commas between.")]
-Count = Annotated[int | None, typer.Option("--n", "-n", min=2, help="Images to draw; default: as many as the reference has.")]
-Features = Annotated[str | None, typer.Option("--features", metavar="NAME", help="Feature network; default: the model's own.")]
+Count = Annotated[
+    int | None, typer.Option("--n", "-n", min=2, help="Images to draw; default: as many as the reference has.")
+]
+Features = Annotated[
+    str | None, typer.Option("--features", metavar="NAME", help="Feature network; default: the model's own.")
+]
 Reference = Annotated[
     str | None,
-    typer.Option("--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'."),
+    typer.Option(
+        "--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'."
+    ),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images drawn at once.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep images, manifest and scores there.")]
@@ -60,4 +66,4 @@ def reference_of(text: str | None) -> str | dict[str, Any] | None:
 def _show(found: dict[str, Any]) -> None:
     rows = [(s["label"], number(s["value"], 4), s["n"], s["reference"]) for s in found["scores"]]
     table(("score", "value", "n", "reference"), rows)
-    say(**{key: found.get(key) for key in ("model", "steps", "nfe", "ms_per_image", "out")})
+    say(model=found["model"], **{key: number(found[key]) for key in ("steps", "nfe", "ms_per_image") if key in found})

@@ -11,7 +11,9 @@ from .answers import answer, only_json, say
 from .arguments import Json, Run
 
 To = Annotated[Path, typer.Option("--to", help="Folder to write; it must be empty or new.")]
-At = Annotated[int | None, typer.Option("--checkpoint", metavar="N", help="Step of the checkpoint; default: the newest.")]
+At = Annotated[
+    int | None, typer.Option("--checkpoint", metavar="N", help="Step of the checkpoint; default: the newest.")
+]
 
 
 def export(run: Run, to: To, checkpoint: At = None, json: Json = None) -> None:
@@ -20,4 +22,6 @@ def export(run: Run, to: To, checkpoint: At = None, json: Json = None) -> None:
 
     with only_json(json):
         folder = write(run, to, checkpoint)
-    answer({"model": str(folder)}, json, lambda: say(model=folder, sample=f"fewstep sample {folder} -n 16 --out grid.png"))
+    answer(
+        {"model": str(folder)}, json, lambda: say(model=folder, sample=f"fewstep sample {folder} -n 16 --out grid.png")
+    )

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .answers import process
 from .arguments import tidy
 from .demo import demo
 from .doctor import doctor
@@ -53,7 +54,9 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
 
 
 @app.callback()
@@ -87,8 +90,15 @@ def _failed(error: BaseException, words: Sequence[str]) -> int:
     if code is None:
         _complain(f"unexpected {type(error).__name__}: {_first_line(str(error))}; rerun with --debug")
         return 1
-    _complain(error.format_message() if hasattr(error, "format_message") else str(error))
+    _complain(_usage(error) if hasattr(error, "format_message") else str(error))
     return int(code)
+
+
+def _usage(error: Any) -> str:
+    """A usage error in typer's words, and where to read on."""
+    context = getattr(error, "ctx", None)
+    words = error.format_message().strip().rstrip(".")
+    return f"{words}: see `{context.command_path} --help`" if context is not None else words
 
 
 def _interrupted() -> int:
@@ -97,7 +107,8 @@ def _interrupted() -> int:
 
 
 def _complain(what: str) -> None:
-    print(f"error: {' '.join(what.split())}", file=sys.stderr)
+    who = f" (process {process()})" if process() else ""
+    sys.stderr.write(f"error{who}: {' '.join(what.split())}\n")  # in one piece: several processes may complain at once
 
 
 def _first_line(text: str) -> str:

@@ -15,4 +15,6 @@ def methods(json: Json = None) -> None:
     with only_json(json):
         found = list_methods()
     rows = [(m.name, m.kind, m.proven, ", ".join(m.roles), m.paper) for m in found]
-    answer([asdict(m) for m in found], json, lambda: table(("method", "kind", "proven", "roles", "paper"), rows, left=5))
+    answer(
+        [asdict(m) for m in found], json, lambda: table(("method", "kind", "proven", "roles", "paper"), rows, left=5)
+    )

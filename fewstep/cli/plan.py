@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from .arguments import Json, Overrides, Recipe
 if TYPE_CHECKING:
     from ..engine.plan import Plan, RolePlan, StagePlan
 
-ROLES = ("role", "weights of", "tune", "parameters", "trained", "weights", "gradients", "optimiser", "EMA")
+ROLES = ("role", "from", "tune", "parameters", "trained", "weights", "gradients", "optimiser", "EMA")
 STAGES = ("stage", "trains", "data", "steps", "batch", "micro-batch", "parts")
 
 
@@ -25,7 +26,8 @@ def plan(recipe: Recipe, overrides: Overrides = None, json: Json = None) -> None
 
 
 def _show(found: Plan) -> None:
-    table(ROLES, [*map(_role, found.roles), _sum(found)], title=f"{found.method}: roles", left=3)
+    names = [r.name for r in found.roles]
+    table(ROLES, [*(_role(r, names) for r in found.roles), _sum(found)], title=f"{found.method}: roles", left=3)
     table(STAGES, map(_stage, found.stages), title="stages", left=3)
     say(
         peak=f"{megabytes(found.peak_bytes)} without activations",
@@ -33,9 +35,10 @@ def _show(found: Plan) -> None:
     )
 
 
-def _role(r: RolePlan) -> tuple[object, ...]:
+def _role(r: RolePlan, roles: Sequence[str]) -> tuple[object, ...]:
+    origin = f"{r.shares} (shared)" if r.shares else f"{r.source} (copy)" if r.source in roles else r.source
     counts = (number(r.parameters), number(r.trained))
-    return (r.name, r.shares or r.source, r.tune, *counts, *map(megabytes, (r.weights, r.gradients, r.optimizer, r.ema)))
+    return (r.name, origin, r.tune, *counts, *map(megabytes, (r.weights, r.gradients, r.optimizer, r.ema)))
 
 
 def _sum(found: Plan) -> tuple[object, ...]:
@@ -44,4 +47,12 @@ def _sum(found: Plan) -> tuple[object, ...]:
 
 
 def _stage(s: StagePlan) -> tuple[object, ...]:
-    return (s.name, ", ".join(s.trains) or "offline", ", ".join(s.data), number(s.steps), s.batch, s.micro_batch, s.parts)
+    return (
+        s.name,
+        ", ".join(s.trains) or "offline",
+        ", ".join(s.data),
+        number(s.steps),
+        s.batch,
+        s.micro_batch,
+        s.parts,
+    )

@@ -10,7 +10,9 @@ import typer
 from .answers import answer, only_json, say
 from .arguments import Json, Run
 
-Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="HTML file to write; default: RUN/report.html.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="HTML file to write; default: RUN/report.html.")
+]
 
 
 def report(run: Run, out: Out = None, json: Json = None) -> None:

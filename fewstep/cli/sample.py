@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +32,10 @@ def sample(
     from ..engine.preview import save_grid
     from ..exporting.pipeline import generate
 
+    asked = [c for c, _ in zip(cycle(numbers(labels, "--labels")), range(n))] if labels is not None else None
     with only_json(json):
-        made = generate(model, n, seed, steps, guidance, numbers(labels, "--labels"), trust_remote_code=trust_remote_code)
-        file = save_grid(made.images, out)
-    facts = {"file": str(file), "n": n, "steps": len(made.timesteps), "nfe": made.nfe, "ms_per_image": made.ms_per_image}
-    answer(facts, json, lambda: say(**{k: v if isinstance(v, str) else number(v) for k, v in facts.items()}))
+        made = generate(model, n, seed, asked, steps, guidance, trust_remote_code=trust_remote_code)
+        file = save_grid(made.images, out, columns=ceil(sqrt(n)))
+    counts = {"n": n, "steps": len(made.timesteps), "nfe": made.nfe, "ms_per_image": made.ms_per_image}
+    shown = {name: number(count) for name, count in counts.items()}
+    answer({"file": str(file), **counts}, json, lambda: say(file=file, **shown))

@@ -32,7 +32,11 @@ def train(
         done = run(recipe, out or default_out(recipe), overrides or (), resume, stage, show=not quiet)
     found = {"folder": str(done.folder), "model": str(done.model) if done.model else None, "steps": done.steps}
     hints = {"sample": f"fewstep sample {done.model} -n 16 --out grid.png", "score": f"fewstep evaluate {done.model}"}
-    answer(found, json, lambda: say(run=done.folder, steps=done.steps, **({"model": done.model, **hints} if done.model else {})))
+    answer(
+        found,
+        json,
+        lambda: say(run=done.folder, steps=done.steps, **({"model": done.model, **hints} if done.model else {})),
+    )
 
 
 def default_out(recipe: Path) -> Path:

@@ -68,8 +68,8 @@ class CropSpec(BaseModel):
 def random_crops(draw: Draw, size: tuple[int, int], spec: CropSpec) -> tuple[Tensor, Tensor]:
     """Random resized crops: (coords [rows, 4], flip [rows]) in the form that `replay` takes.
 
-    The box covers a share of the image uniform in `spec.scale`, with log(width / height) uniform in log `spec.ratio`, is
-    clipped to the image, and lies anywhere in it, on whole pixels. `size` is (height, width) of the images.
+    The box covers a share of the image uniform in `spec.scale`, with log(width / height) uniform in log `spec.ratio`,
+    is clipped to the image, and lies anywhere in it, on whole pixels. `size` is (height, width) of the images.
     """
     area = draw.uniform("crop.area", low=spec.scale[0], high=spec.scale[1])
     low, high = torch.tensor(spec.ratio).log().tolist()
@@ -97,7 +97,7 @@ def replay(images: Tensor, coords: Tensor, flip: Tensor) -> Tensor:
 
 
 def _positions(start: Tensor, extent: Tensor, n: int) -> Tensor:
-    """Where n output pixels read along one side, in grid_sample's units (-1 and 1 are the image's outer edges): [rows, n]."""
+    """Where n output pixels read along one side, [rows, n]; -1 and 1 are the image's outer edges."""
     share = (torch.arange(n, device=start.device) + 0.5) / n
     place = start[:, None] + (share * extent[:, None]).clamp(min=0.5)
     last = start + extent - 0.5  # centres of the box's outermost pixels: what lies beyond them belongs to others

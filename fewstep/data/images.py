@@ -38,7 +38,7 @@ class Images(Source):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:  # noqa: ARG002
+    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:
         """`x0` and `cond`; see `Source.fetch`. Nothing is random here."""
         x0 = self.pixels[ids].to(torch.float32).mul_(2 / self.top).sub_(1)
         return {"x0": x0, "cond": Cond() if self.labels is None else Cond(label=self.labels[ids])}

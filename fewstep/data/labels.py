@@ -36,7 +36,7 @@ class Labels(Source):
     def __len__(self) -> int:
         return self.config.count
 
-    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:  # noqa: ARG002
+    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:
         """`cond.label` [n]."""
         return {"cond": Cond(label=torch.as_tensor(ids) % self.config.classes)}
 
@@ -63,7 +63,7 @@ class Prompts(Source):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:  # noqa: ARG002
+    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:
         """`prompt`, a list of n strings."""
         return {"cond": Cond(), "prompt": [self.prompts[i] for i in ids.tolist()]}
 

@@ -16,6 +16,8 @@ SOURCES = Registry(
     "fewstep.sources",
     {
         "digits": "fewstep.data.images:Digits",
+        "digits_on_canvas": "fewstep.data.canvas:DigitsOnCanvas",
+        "crops": "fewstep.data.crops:Crops",
         "fashion_mnist": "fewstep.data.images:FashionMnist",
         "image_folder": "fewstep.data.image_folder:ImageFolder",
         "labels": "fewstep.data.labels:Labels",

@@ -43,7 +43,9 @@ class Gradients:
     parts_in_step: int  # over all ranks
 
 
-def advance(parts: Sequence[Part], seeds: Sequence[tuple[int, ...]], gradients: Gradients, finish: Callable[[Barrier], None]) -> None:
+def advance(
+    parts: Sequence[Part], seeds: Sequence[tuple[int, ...]], gradients: Gradients, finish: Callable[[Barrier], None]
+) -> None:
     """Runs one optimiser step: all parts to their end, calling `finish` at each Update barrier.
 
     seeds: per part, numbers that seed the global generators before each segment, so that dropout and library code do not
@@ -99,7 +101,11 @@ def backward(update: Update, gradients: Gradients) -> dict[str, Tensor]:
     A term of weight 0 is reported but takes no part in the gradient, so a NaN in a term that is off does no harm.
     """
     terms = {name: _term(name, loss, gradients.parts_in_step) for name, loss in update.losses.items()}
-    weighted = [gradients.weight(name) * term for name, term in terms.items() if gradients.weight(name) != 0 and term.requires_grad]
+    weighted = [
+        gradients.weight(name) * term
+        for name, term in terms.items()
+        if gradients.weight(name) != 0 and term.requires_grad
+    ]
     if weighted:
         parameters = gradients.parameters(update.role_names)
         torch.autograd.backward(torch.stack(weighted).sum(), inputs=list(parameters))

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written aside, flushed to disk, renamed. safetensors and JSON only.
 
-    checkpoints/step-40/student.role.safetensors  student.ema...  student.optimizer...  method...  feed.train...
-    checkpoints/step-40/state.json                place in the run, and the sha256 of every other file
+checkpoints/step-40/student.role.safetensors  student.ema...  student.optimizer...  method...  feed.train...
+checkpoints/step-40/state.json                place in the run, and the sha256 of every other file
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def save(root: Path, step: int, files: Files, state: Mapping[str, Any]) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        hashes = {f"{name}.safetensors": _write(aside / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+        hashes = {
+            f"{name}.safetensors": _write(aside / f"{name}.safetensors", tensors) for name, tensors in files.items()
+        }
         _flush(aside / STATE, json.dumps({**state, "sha256": hashes}, indent=1).encode())
         _sync_folder(aside)
         if target.exists():
@@ -84,7 +86,11 @@ def _sync_folder(folder: Path) -> None:
 def sha256(file: Path) -> str:
     """Hash of a file's bytes."""
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(handle.read()).hexdigest()
+        return (
+            hashlib.file_digest(handle, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(handle.read()).hexdigest()
+        )
 
 
 def steps(root: Path) -> list[int]:
@@ -110,7 +116,9 @@ def load(folder: Path) -> Checkpoint:
         file = folder / name
         if not file.is_file() or sha256(file) != expected:
             what = "is missing" if not file.is_file() else "differs from its sha256"
-            raise UserError(f"checkpoint '{folder}' is damaged: {name} {what}. Remove the folder to go on from an earlier one")
+            raise UserError(
+                f"checkpoint '{folder}' is damaged: {name} {what}. Remove the folder to go on from an earlier one"
+            )
         files[name.removesuffix(".safetensors")] = load_file(file)
     return Checkpoint(folder, files, state)
 

@@ -1,4 +1,4 @@
-"""The curves of a metrics.jsonl as small SVG pictures that take their ink from the page, so they suit light and dark."""
+"""Curves of a metrics.jsonl as small SVG pictures. Their ink is the page's, so that they suit light and dark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOGETHER = {"loss": "Losses", "grad_norm": "Gradient norms"}  # one plot for the
 INK = "#0b0c0d"  # stands for the page's own text colour, see `_svg`
 COLOURS = ("#3b82c4", "#e07b39", "#3f9d63", "#c2527e", "#8a6fd1", "#b59a2a", "#4aa6a6", "#8d8d8d")
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # newer matplotlib types its keys
     **dict.fromkeys(INKED, INK),
     "font.size": 8,
     "legend.fontsize": 7.5,
@@ -46,7 +46,12 @@ class Curve:
 def curves(lines: Sequence[Line]) -> list[Curve]:
     """One plot for all losses, one for all gradient norms, one for each other number; stage boundaries are marked."""
     marks = stage_starts(lines)
-    return [Curve(title, _plot(numbers, marks)) for title, numbers in grouped(series(lines)).items()]
+    return [Curve(_title(group, numbers), _plot(numbers, marks)) for group, numbers in grouped(series(lines)).items()]
+
+
+def _title(group: str, numbers: Mapping[str, Points]) -> str:
+    """A lone series of a group has no legend, so the title names it."""
+    return f"{group}: {next(iter(numbers))}" if group in TOGETHER.values() and len(numbers) == 1 else group
 
 
 def series(lines: Iterable[Line]) -> dict[str, Points]:
@@ -93,7 +98,9 @@ def score_curve(rows: Sequence[Line], value: str = "fid", label: str = "fid") ->
     known = [r for r in rows if _positive(r.get(value)) and _positive(r.get("nfe"))]
     if len(known) < 2:
         return None
-    lines = {who: sorted((r["nfe"], r[value]) for r in known if r.get("who") == who) for who in (r.get("who") for r in known)}
+    lines = {
+        who: sorted((r["nfe"], r[value]) for r in known if r.get("who") == who) for who in (r.get("who") for r in known)
+    }
 
     def draw(axes: Axes) -> None:
         for (who, points), colour in zip(lines.items(), cycle(COLOURS)):
@@ -114,7 +121,7 @@ def _positive(value: Any) -> bool:
 def _plot(numbers: Mapping[str, Points], marks: Sequence[tuple[float, str]]) -> str:
     def draw(axes: Axes) -> None:
         for (name, points), colour in zip(numbers.items(), cycle(COLOURS)):
-            style = {"marker": "o", "markersize": 3} if len(points) < 15 else {}
+            style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 15 else {}
             axes.plot(*zip(*thinned(points)), color=colour, label=name, linewidth=1.3, **style)
         values = [y for points in numbers.values() for _, y in points]
         if min(values) > 0 and max(values) > WIDE_RANGE * min(values):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.registry import make_source
 from ..errors import UserError
-from ..export.folder import export as write_folder
+from ..exporting.folder import export as write_folder
 from ..methods.base import DiffusionMethod, Method
 from ..models.registry import FAMILIES
 from ..recipe import Recipe, load_recipe
 from ..roles import Handle, assemble
 from . import checkpoint, distributed
-from .trainer import restore_roles
+from .snapshot import place, restore_roles
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -47,7 +47,7 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     handles = assemble(roles, recipe.roles, recipe.train.seed)
     method.bind(handles, {name: make_source(config) for name, config in recipe.data.items()}, {})
     restore_roles(handles, saved)
-    return _write(method, handles, recipe, target, int(saved.state["total"]))
+    return _write(method, handles, recipe, target, place(saved).total)
 
 
 def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:

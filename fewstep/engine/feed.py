@@ -31,9 +31,13 @@ class Feed:
         """Serves these ids from now on (None: all of the source). UserError when there are none."""
         chosen = selection if selection is not None else Selection(torch.arange(len(self.source)))
         if len(chosen.ids) == 0:
-            raise UserError(f"data.{self.name} serves no sample: the set is empty, or the method's selection keeps nothing")
+            raise UserError(
+                f"data.{self.name} serves no sample: the set is empty, or the method's selection keeps nothing"
+            )
         if len(chosen.ids) % chosen.group or (self.shuffle and self.batch % chosen.group):
-            raise UserError(f"data.{self.name} comes in groups of {chosen.group}: choose train.batch as a multiple of it")
+            raise UserError(
+                f"data.{self.name} comes in groups of {chosen.group}: choose train.batch as a multiple of it"
+            )
         self.selection = chosen
 
     @property

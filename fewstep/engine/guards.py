@@ -21,13 +21,22 @@ class Guards:
     breaches: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def take(self) -> list[str]:
+        """Warnings since the last call."""
+        said, self.warnings = self.warnings, []
+        return said
+
     def check(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """Looks at logged numbers; returns the reason to stop, or None."""
         for name, value in numbers.items():
             if not math.isfinite(value):
                 return f"{name} is {value} at step {step}"
             if name.startswith("grad_norm.") and self.spec.grad_norm is not None:
-                reason = self._judge(name, value > self.spec.grad_norm, f"{name} is {value:.3g} at step {step} (limit {self.spec.grad_norm:g})")
+                reason = self._judge(
+                    name,
+                    value > self.spec.grad_norm,
+                    f"{name} is {value:.3g} at step {step} (limit {self.spec.grad_norm:g})",
+                )
                 if reason:
                     return reason
         return None
@@ -38,7 +47,11 @@ class Guards:
             if not math.isfinite(value):
                 return f"the {name} of generated samples is {value} at step {step}"
             first = self.first.setdefault(name, value)
-            reason = self._judge(name, self._breaks(name, value, first), f"the {name} of generated samples went from {first:.3g} to {value:.3g} at step {step}")
+            reason = self._judge(
+                name,
+                self._breaks(name, value, first),
+                f"the {name} of generated samples went from {first:.3g} to {value:.3g} at step {step}",
+            )
             if reason:
                 return reason
         return None

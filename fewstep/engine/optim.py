@@ -44,7 +44,12 @@ class RoleOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Optimiser state as `<parameter>/<slot>` tensors."""
         slots = self.optimizer.state
-        return {f"{name}/{slot}": torch.as_tensor(v) for name, p in self.parameters.items() for slot, v in slots.get(p, {}).items() if v is not None}
+        return {
+            f"{name}/{slot}": torch.as_tensor(v)
+            for name, p in self.parameters.items()
+            for slot, v in slots.get(p, {}).items()
+            if v is not None
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""

@@ -31,6 +31,7 @@ from .sizes import cut, sizes
 class RolePlan:
     """One role. `parameters` of the network it computes with, `trained` of them; the rest in bytes.
 
+    source: folder, family or role that its weights come from; "the method" when the method builds it.
     shares: the role on whose copy of the weights this one is a view, or None. weights: what the role adds to memory.
     alone: weights, gradients, optimizer and ema if the role were a full network of its own, tuned in full if it trains.
     """
@@ -89,7 +90,9 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     _check_sources(loaded, stages)
     described = tuple(_stage(stage, loaded, method) for stage in stages)
     roles = _roles(_handles(method, loaded, stages))
-    own = {r.name: {"weights": r.weights, "gradients": r.gradients, "optimizer": r.optimizer, "ema": r.ema} for r in roles}
+    own = {
+        r.name: {"weights": r.weights, "gradients": r.gradients, "optimizer": r.optimizer, "ema": r.ema} for r in roles
+    }
     copies = {r.name: r.alone for r in roles}
     return Plan(loaded.method, roles, described, _peak(own, described), _peak(copies, described))
 
@@ -100,7 +103,9 @@ def _check_sources(recipe: Recipe, stages: Iterable[Stage]) -> None:
     for stage in stages:
         missing = [name for name in _names(stage.data) if name not in recipe.data]
         if missing:
-            raise UserError(f"stage '{stage.name}' reads data.{missing[0]}: write `data: {{{missing[0]}: {{source: ...}}}}`")
+            raise UserError(
+                f"stage '{stage.name}' reads data.{missing[0]}: write `data: {{{missing[0]}: {{source: ...}}}}`"
+            )
 
 
 def _names(data: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -137,13 +142,16 @@ def _roles(handles: Mapping[str, Handle]) -> tuple[RolePlan, ...]:
 
 
 def _role(handle: Handle, shares: str | None) -> RolePlan:
-    base, adapter = list(handle.module.parameters()), list(handle.adapter.parameters()) if handle.adapter is not None else []
+    base, adapter = (
+        list(handle.module.parameters()),
+        list(handle.adapter.parameters()) if handle.adapter is not None else [],
+    )
     trained = list(handle.trainable().values())
     whole = _bytes([*base, *handle.module.buffers()])
     averaged = handle.spec.ema is not None
     return RolePlan(
         name=handle.name,
-        source=handle.origin or handle.spec.source or f"built for {handle.name}",
+        source=handle.spec.source or handle.role.init or "the method",
         shares=shares,
         tune=handle.tune,
         parameters=_count(base) + _count(adapter),

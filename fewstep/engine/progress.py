@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -28,9 +37,18 @@ class _Rate(ProgressColumn):
 def bar(title: str, total: int, done: int = 0, show: bool = True) -> Iterator[Advance]:
     """A bar on stderr (stdout belongs to results), or silence when `show` is false."""
     if not show:
-        yield lambda steps=1, note=None: None
+        yield _silent
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
 
@@ -38,3 +56,7 @@ def bar(title: str, total: int, done: int = 0, show: bool = True) -> Iterator[Ad
             progress.update(task, advance=steps, **({"note": note} if note is not None else {}))
 
         yield advance
+
+
+def _silent(steps: int = 1, note: str | None = None) -> None:
+    pass

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Scores:
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Writes `folder/report.html` (or the file `out`) of a run folder and returns its path. Same as `fewstep report RUN`.
+    """Writes `folder/report.html` (or the file `out`) of a run folder and returns its path; `fewstep report RUN`.
 
     Shown is what there is: recipe.yaml, metrics.jsonl, previews/, *.png, scores.json (`{"rows": [...]}`) and model/.
     Raises UserError when `folder` is no run folder.
@@ -108,7 +109,7 @@ def _paper(method: str) -> tuple[Paper, str] | None:
     paper = METHODS.get(method).paper if method in METHODS else None
     if paper is None:
         return None
-    number = paper.id.removeprefix("arXiv:").removeprefix("doi:")
+    number = re.sub(r"(?i)^(arxiv|doi)[: ]*", "", paper.id)
     return paper, f"https://doi.org/{number}" if number.startswith("10.") else f"https://arxiv.org/abs/{number}"
 
 
@@ -127,7 +128,7 @@ def _facts(folder: Path, lines: Sequence[Line]) -> dict[str, str]:
 def seconds(lines: Sequence[Line]) -> float:
     """Training time of all lines; each resumed run starts its own clock at 0."""
     times = [line["time"] for line in lines if "time" in line]
-    ends = [now for now, after in zip(times, times[1:]) if after < now]
+    ends = [now for now, after in pairwise(times) if after < now]
     return sum(ends) + (times[-1] if times else 0.0)
 
 
@@ -195,7 +196,13 @@ def environment(model: Path) -> dict[str, str]:
     said = card(model)
     installed = {name: found for name in PACKAGES if (found := _version(name)) is not None}
     made = {"model written": str(said["created"])} if "created" in said else {}
-    return {**made, **installed, **said.get("versions", {}), "python": platform.python_version(), "system": platform.platform()}
+    return {
+        **made,
+        **installed,
+        **said.get("versions", {}),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,18 @@ from ..recipe import Recipe
 from .checkpoint import Checkpoint
 
 # Rows are addressed by their slot in the global batch, so the cut into micro-batches and processes may change as well.
-FREE = {"train.save_every", "train.keep_last", "train.log_every", "train.trackers", "train.micro_batch", "validate", "preview", "guards", "stores", "evaluation"}
+FREE = {
+    "train.save_every",
+    "train.keep_last",
+    "train.log_every",
+    "train.trackers",
+    "train.micro_batch",
+    "validate",
+    "preview",
+    "guards",
+    "stores",
+    "evaluation",
+}
 
 
 def check_same_recipe(recipe: Recipe, saved: Checkpoint) -> None:

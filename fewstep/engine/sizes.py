@@ -44,7 +44,9 @@ def cut(batch: int, recipe: Recipe, method: Method, world: int = 1) -> Cut:
     micro = min(recipe.train.micro_batch or rows, rows)
     if rows % micro or micro % method.row_multiple:
         multiple = f" with rows in multiples of {method.row_multiple}" if method.row_multiple > 1 else ""
-        raise UserError(f"train.batch={batch} cannot be cut into micro-batches of {micro} on {world} processes{multiple}")
+        raise UserError(
+            f"train.batch={batch} cannot be cut into micro-batches of {micro} on {world} processes{multiple}"
+        )
     if micro < rows and method.batch_losses:
         raise UserError(f"'{recipe.method}' has losses over the whole batch: remove train.micro_batch")
     return Cut(micro, rows // micro)

@@ -5,12 +5,40 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..errors import UserError
+from . import distributed
+
+
+@dataclass
+class Window:
+    """Sums of logged tensors since the last log line, so that logging costs one host sync."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, numbers: Mapping[str, Tensor]) -> None:
+        """Counts each number in; alternating turns report different names."""
+        for name, number in numbers.items():
+            self.sums[name] = self.sums[name] + number if name in self.sums else number
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Means over the window and over processes; empties the window."""
+        if not self.sums:
+            return {}
+        means = torch.stack([self.sums[n].float() / self.counts[n] for n in self.sums])
+        means = distributed.sum_tensors({"means": means})["means"] / distributed.world()
+        values = dict(zip(self.sums, means.tolist()))
+        self.sums, self.counts = {}, {}
+        return values
 
 
 class Tracker:

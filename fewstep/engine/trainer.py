@@ -1,15 +1,14 @@
 """The trainer: runs the stages of any method, and writes one run folder.
 
-    runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/step-N/  previews/  stores/  model/  report.html
+runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/step-N/  previews/  stores/  model/  report.html
 """
 
 from __future__ import annotations
 
-import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,19 @@ from ..methods.base import Event, Stage
 from ..recipe import Recipe, load_recipe
 from ..roles import Handle, assemble
 from ..store import Store
-from . import checkpoint, distributed
+from . import checkpoint, distributed, snapshot
 from .barrier import Barrier, ContractError, Gradients, advance
 from .feed import Feed, Feeds
 from .guards import Guards
-from .offline import ready, stage_key
+from .interrupt import Interrupt, watching
+from .offline import keep_rows, ready, run_offline
 from .optim import RoleOptimizer
 from .preview import save_grid
 from .progress import Advance, bar
 from .resume import check_same_recipe
-from .tracking import Tracker, require_trackers, rewind
+from .sizes import cut, sizes
+from .snapshot import Place
+from .tracking import Tracker, Window, require_trackers, rewind
 from .validation import Best, validate
 
 
@@ -70,39 +72,6 @@ def train(
     return Run(trainer.folder, model, trainer.total)
 
 
-@dataclass
-class Place:
-    """Where in the run we are: stage number, optimiser steps done in it, and over all stages."""
-
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-
-
-@dataclass
-class Window:
-    """Sums of logged tensors since the last log line, so that logging costs one host sync."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, numbers: Mapping[str, Tensor]) -> None:
-        """Counts each number in; alternating turns report different names."""
-        for name, number in numbers.items():
-            self.sums[name] = self.sums[name] + number if name in self.sums else number
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        """Means over the window and over processes; empties the window."""
-        if not self.sums:
-            return {}
-        means = torch.stack([self.sums[n].float() / self.counts[n] for n in self.sums])
-        means = distributed.sum_tensors({"means": means})["means"] / distributed.world()
-        values = dict(zip(self.sums, means.tolist()))
-        self.sums, self.counts = {}, {}
-        return values
-
-
 class Trainer:
     """Owns the loop. A method is asked for roles and stages, told of events, and otherwise left alone."""
 
@@ -125,9 +94,10 @@ class Trainer:
         self.method.bind(self.handles, self.sources, self.stores)
         self.place, self.window = Place(), Window()
         self.guards, self.best = Guards(recipe.guards), Best.of(recipe.validation)
-        self.interrupted: str | None = None
+        self.interrupt = Interrupt()
         self.feeds: Feeds = Feeds({})
         self.optimizers: dict[str, RoleOptimizer] = {}
+        self._check_inputs()
         self._open_folder(saved)
         self.saved = saved
 
@@ -152,7 +122,9 @@ class Trainer:
         if self.only is not None:
             names = [s.name for s in stages]
             if self.only not in names:
-                raise UserError(f"--stage: '{self.recipe.method}' has no stage '{self.only}': {nearest(self.only, names)}")
+                raise UserError(
+                    f"--stage: '{self.recipe.method}' has no stage '{self.only}': {nearest(self.only, names)}"
+                )
         return stages
 
     def _stores(self) -> dict[str, Store]:
@@ -169,22 +141,34 @@ class Trainer:
             handle.autocast = torch.bfloat16 if self.recipe.train.precision == "bf16" else None
         return handles
 
+    def _check_inputs(self) -> None:
+        """What a later stage would stumble over is said before the first one starts, and before anything is written."""
+        for stage in self.stages:
+            if stage.name in self.skipped or self.only not in (None, stage.name):
+                continue
+            for name in _names(stage.data):
+                self.source(name)
+            if not stage.offline:
+                cut(sizes(stage, self.recipe).batch, self.recipe, self.method, distributed.world())
+
     def _open_folder(self, saved: checkpoint.Checkpoint | None) -> None:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.recipe.write(self.folder / "recipe.yaml")
-            rewind(self.folder / "metrics.jsonl", saved.state["total"] if saved else -1)
+            rewind(self.folder / "metrics.jsonl", snapshot.place(saved).total if saved else -1)
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_last, self.best.step)
         distributed.wait()
-        self.tracker = Tracker(self.accelerator, self.folder / "metrics.jsonl", list(self.recipe.train.trackers), self.recipe.plain())
+        self.tracker = Tracker(
+            self.accelerator, self.folder / "metrics.jsonl", list(self.recipe.train.trackers), self.recipe.plain()
+        )
 
     # ---- running
 
     def run(self) -> None:
         """All stages, from the beginning or from the checkpoint."""
-        first = self.saved.state["stage_index"] if self.saved else 0
+        first = snapshot.place(self.saved).stage if self.saved else 0
         failures: dict[str, list[str]] = {}
-        with self._signals():
+        with watching() as self.interrupt:
             for index, stage in enumerate(self.stages):
                 if index < first or stage.name in self.skipped or self.only not in (None, stage.name):
                     continue
@@ -192,7 +176,7 @@ class Trainer:
                 try:
                     self._run_stage(index, stage, resumed)
                 except RunFailed as error:
-                    if stage.group is None or self.interrupted:
+                    if stage.group is None or self.interrupt.name:
                         raise
                     failures.setdefault(stage.group, []).append(f"{stage.name}: {error}")
                 self._end_group(index, failures)
@@ -206,50 +190,32 @@ class Trainer:
 
     def _run_stage(self, index: int, stage: Stage, saved: checkpoint.Checkpoint | None) -> None:
         if stage.offline:
-            return self._run_offline(stage)
-        steps, batch, factor = self._sizes(stage)
+            return run_offline(self, stage)
+        size = sizes(stage, self.recipe)
         self.place = Place(index, 0, self.place.total)
-        self._cut(batch)
+        self.cut = cut(size.batch, self.recipe, self.method, distributed.world())
         for name, handle in self.handles.items():
             handle.train_here(name in stage.trains)
-        self.optimizers = {name: RoleOptimizer(self.handles[name], steps, factor) for name in stage.trains}
-        self.feeds = Feeds({n: Feed(self._source(n), n, self.recipe.train.seed, batch) for n in _names(stage.data)})
+        self.optimizers = {name: RoleOptimizer(self.handles[name], size.steps, size.lr) for name in stage.trains}
+        self.feeds = Feeds({n: Feed(self.source(n), n, self.recipe.train.seed, size.batch) for n in _names(stage.data)})
         self.method.on(Event("stage_start", stage.name, 0))
         if saved is not None:
-            self._restore(saved)
+            snapshot.restore(self, saved)
         else:
             for name in self.feeds:
                 self._select(stage, name)
-        with bar(stage.name, steps, self.place.step, self.show) as progress:
-            while self.place.step < steps:
+        with bar(stage.name, size.steps, self.place.step, self.show) as progress:
+            while self.place.step < size.steps:
                 self._step(stage)
-                self._after_step(stage, steps, progress)
-        self.method.on(Event("stage_end", stage.name, steps))
+                self._after_step(stage, size.steps, progress)
+        self.method.on(Event("stage_end", stage.name, size.steps))
         return None
 
-    def _sizes(self, stage: Stage) -> tuple[int, int, float]:
-        patch, train = self.recipe.stages.get(stage.name), self.recipe.train
-        steps = (patch.steps if patch else None) or stage.steps or train.steps
-        batch = (patch.batch if patch else None) or stage.batch or train.batch
-        return steps, batch, (patch.lr if patch and patch.lr else stage.lr)
-
-    def _cut(self, batch: int) -> None:
-        world = distributed.world()
-        if batch % world:
-            raise UserError(f"train.batch={batch} does not divide over {world} processes: choose a multiple of {world}")
-        self.micro = min(self.recipe.train.micro_batch or batch // world, batch // world)
-        self.parts = batch // world // self.micro
-        if self.micro * self.parts * world != batch or self.micro % self.method.row_multiple:
-            raise UserError(
-                f"train.batch={batch} cannot be cut into micro-batches of {self.micro} on {world} processes"
-                + (f" with rows in multiples of {self.method.row_multiple}" if self.method.row_multiple > 1 else "")
-            )
-        if self.parts > 1 and self.method.batch_losses:
-            raise UserError(f"'{self.recipe.method}' has losses over the whole batch: remove train.micro_batch")
-
-    def _source(self, name: str) -> Any:
+    def source(self, name: str) -> Any:
         if name not in self.sources:
-            raise UserError(f"the recipe has no data.{name}, which this stage reads: write `data: {{{name}: {{source: ...}}}}`")
+            raise UserError(
+                f"the recipe has no data.{name}, which this stage reads: write `data: {{{name}: {{source: ...}}}}`"
+            )
         return self.sources[name]
 
     def _select(self, stage: Stage, name: str) -> None:
@@ -265,9 +231,9 @@ class Trainer:
         positions = {name: feed.next() for name, feed in self.feeds.items()}
         seed, step = self.recipe.train.seed, self.place.step
         parts, seeds, ids = [], [], []
-        for part in range(self.parts):
-            start = (distributed.rank() * self.parts + part) * self.micro
-            slots = np.arange(start, start + self.micro)
+        for part in range(self.cut.parts):
+            start = (distributed.rank() * self.cut.parts + part) * self.cut.micro
+            slots = np.arange(start, start + self.cut.micro)
             draw = Draw(seed, step, slots, device=self.device, scope=stage.name)
             batch = self.feeds.batch({n: p[slots] for n, p in positions.items()}, draw).to(self.device)
             parts.append(stage.step(batch, draw))
@@ -283,13 +249,15 @@ class Trainer:
         return Gradients(
             parameters=self._parameters,
             weight=lambda term: value(weights.get(term, 1.0), step),
-            parts_in_step=self.parts * distributed.world(),
+            parts_in_step=self.cut.parts * distributed.world(),
         )
 
     def _parameters(self, roles: tuple[str, ...]) -> list[nn.Parameter]:
         missing = [r for r in roles if r not in self.optimizers]
         if missing:
-            raise ContractError(f"'{missing[0]}' is stepped but not among the roles that stage {self.stages[self.place.stage].name} trains")
+            raise ContractError(
+                f"'{missing[0]}' is stepped but not among the roles that stage {self.stages[self.place.stage].name} trains"
+            )
         return [p for r in roles for p in self.optimizers[r].parameters.values()]
 
     def _finish(self, barrier: Barrier, ids: Sequence[Tensor]) -> tuple[str, ...]:
@@ -298,45 +266,8 @@ class Trainer:
         for role in barrier.roles:
             self.window.add(self.optimizers[role].step(self.place.step))
         for part, keep in barrier.keep:
-            self._keep(ids[part], keep)
+            keep_rows(self.stores, distributed.gather_rows(ids[part].to(self.device)), keep, distributed.gather_rows)
         return barrier.roles
-
-    def _keep(self, ids: Tensor, keep: Mapping[str, Tensor]) -> None:
-        columns: dict[str, dict[str, Tensor]] = {}
-        for name, rows in keep.items():
-            store, _, column = name.partition(".")
-            columns.setdefault(store, {})[column or "value"] = distributed.gather_rows(rows.detach()).cpu()
-        everywhere = distributed.gather_rows(ids.to(self.device)).cpu()
-        for store, rows_by_name in columns.items():
-            self.stores[store].write(everywhere, **rows_by_name)
-
-    def _run_offline(self, stage: Stage) -> None:
-        """One pass over the source in order, on every process alike; rows go to stores, which are then committed."""
-        (name,) = _names(stage.data)
-        batch = self._sizes(stage)[1]
-        feed = Feed(self._source(name), name, self.recipe.train.seed, batch, shuffle=False)
-        feed.select(self.method.select(name, Event("epoch_start", stage.name, 0, 0, name)))
-        self.method.on(Event("stage_start", stage.name, 0))
-        gradients = Gradients(lambda _: [], lambda _: 0.0, 1)
-        with bar(stage.name, feed.per_epoch, show=self.show) as progress, torch.no_grad():
-            for step in range(feed.per_epoch):
-                positions = feed.next()
-                draw = Draw(self.recipe.train.seed, step, positions, device=self.device, scope=stage.name)
-                rows = feed.rows(positions, draw).to(self.device)
-                advance([stage.step(rows, draw)], [(self.recipe.train.seed, stage.name, step)], gradients, lambda b, r=rows: self._store_rows(r.ids, b))  # type: ignore[misc]
-                progress()
-        key = stage_key(stage, self.recipe, self.sources)
-        if self.main:
-            for written in stage.writes:
-                self.stores[written].commit(key, {"stage": stage.name, "method": self.recipe.method})
-        distributed.wait()
-        self.method.on(Event("stage_end", stage.name, feed.per_epoch))
-
-    def _store_rows(self, ids: Tensor, barrier: Barrier) -> None:
-        for _, keep in barrier.keep:
-            for name, rows in keep.items():
-                store, _, column = name.partition(".")
-                self.stores[store].write(ids, **{column or "value": rows.detach().cpu()})
 
     # ---- after a step
 
@@ -354,25 +285,40 @@ class Trainer:
         if save:
             self.save()
         if stop:
-            raise RunFailed(f"stopped by {self.interrupted} after step {self.total}; go on with: fewstep train {self.folder}/recipe.yaml --out {self.folder} --resume")
+            resume = f"fewstep train {self.folder}/recipe.yaml --out {self.folder} --resume"
+            raise RunFailed(f"stopped by {self.interrupt.name} after step {self.total}; go on with: {resume}")
 
     def _final(self) -> bool:
-        return all(s.offline or s.name in self.skipped for s in self.stages[self.place.stage + 1 :]) or self.only is not None
+        return (
+            all(s.offline or s.name in self.skipped for s in self.stages[self.place.stage + 1 :])
+            or self.only is not None
+        )
 
     def _due(self, spec: Any, last: bool) -> bool:
         return spec is not None and (last or self.total % spec.every == 0)
 
     def _stopping(self, due: bool) -> bool:
-        flag = self.interrupted is not None
-        return distributed.any_process(flag, self.device) if due and distributed.world() > 1 else flag and distributed.world() == 1
+        flag = self.interrupt.name is not None
+        return (
+            distributed.any_process(flag, self.device)
+            if due and distributed.world() > 1
+            else flag and distributed.world() == 1
+        )
 
     def _log(self, stage: Stage) -> str:
         numbers = self.window.take()
         reason = self.guards.check(self.total, numbers)
         self.tracker.log(self.total, {"stage": stage.name, **numbers})
+        self._warn(stage)
         if reason is not None:
             self._fail(reason)
         return " ".join(f"{n.removeprefix('loss.')} {v:.3g}" for n, v in numbers.items() if n.startswith("loss."))
+
+    def _warn(self, stage: Stage) -> None:
+        for what in self.guards.take():
+            self.tracker.log(self.total, {"stage": stage.name, "warning": what})
+            if self.show:
+                print(f"warning: {what}", file=sys.stderr)
 
     def _fail(self, reason: str) -> None:
         raise RunFailed(f"training stopped: {reason}. {checkpoint.last_good(self.checkpoints)}")
@@ -387,6 +333,7 @@ class Trainer:
         if samples.ndim == 4 and samples.shape[1] in (1, 3):
             save_grid(samples, self.folder / "previews" / f"step-{self.total:06d}.png")
         reason = self.guards.look(self.total, samples)
+        self._warn(self.stages[self.place.stage])
         if reason is not None:
             self._fail(reason)
 
@@ -394,8 +341,10 @@ class Trainer:
         spec = self.recipe.validation
         assert spec is not None
         started = time.monotonic()
-        numbers = validate(self.method, self._source(spec.source), spec, self.recipe, self.device)
-        self.tracker.log(self.total, {"stage": stage.name, "validation_seconds": round(time.monotonic() - started, 3), **numbers})
+        numbers = validate(self.method, self.source(spec.source), spec, self.recipe, self.device)
+        self.tracker.log(
+            self.total, {"stage": stage.name, "validation_seconds": round(time.monotonic() - started, 3), **numbers}
+        )
         self.best.offer(self.total, numbers)
 
     # ---- saving
@@ -403,82 +352,9 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of everything a resumed run needs."""
         if self.main:
-            checkpoint.save(self.checkpoints, self.total, self._files(), self._state())
+            checkpoint.save(self.checkpoints, self.total, snapshot.files(self), snapshot.state(self))
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_last, self.best.step)
         distributed.wait()
-
-    def _files(self) -> dict[str, Mapping[str, Tensor]]:
-        files: dict[str, Mapping[str, Tensor]] = {}
-        for name, handle in self.handles.items():
-            if handle.tune == "frozen":
-                continue
-            files[f"{name}.role"] = handle.state()
-            if handle.ema is not None:
-                files[f"{name}.ema"] = handle.ema
-        files.update({f"{name}.optimizer": o.state() for name, o in self.optimizers.items()})
-        files.update({f"feed.{name}": feed.state() for name, feed in self.feeds.items()})
-        files["method"] = self.method.state()
-        written = {w for s in self.stages if not s.offline for w in s.writes}
-        files.update({f"store.{name}": {"ids": self.stores[name].ids(), **self.stores[name].read(self.stores[name].ids())} for name in written})
-        return files
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "noise": "fn1",
-            "stage": self.stages[self.place.stage].name,
-            "stage_index": self.place.stage,
-            "step": self.place.step,
-            "total": self.place.total,
-            "recipe": self.recipe.plain(),
-            "best": self.best.state(),
-            "guards": self.guards.first,
-        }
-
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        restore_roles(self.handles, saved)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state(saved.files[f"{name}.optimizer"])
-        for name, feed in self.feeds.items():
-            feed.load_state(saved.files[f"feed.{name}"])
-        self.method.load_state(saved.files["method"])
-        for name in [f.removeprefix("store.") for f in saved.files if f.startswith("store.")]:
-            rows = dict(saved.files[f"store.{name}"])
-            self.stores[name].write(rows.pop("ids"), **rows)
-        state = saved.state
-        self.place = Place(state["stage_index"], state["step"], state["total"])
-        self.best.load_state(state["best"])
-        self.guards.first = dict(state["guards"])
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step and save; a second one ends at once."""
-
-        def handler(number: int, _frame: Any) -> None:
-            self.interrupted = signal.Signals(number).name
-            signal.signal(number, signal.SIG_DFL)
-
-        try:
-            before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread (a notebook's worker): no signals there
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
-
-
-def restore_roles(handles: Mapping[str, Handle], saved: checkpoint.Checkpoint) -> None:
-    """Loads every trained role and its EMA from a checkpoint."""
-    for name, handle in handles.items():
-        if f"{name}.role" not in saved.files:
-            continue
-        handle.load_state(saved.files[f"{name}.role"])
-        if handle.ema is not None:
-            for key, tensor in saved.files[f"{name}.ema"].items():
-                handle.ema[key].copy_(tensor)
 
 
 def _names(data: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -52,13 +52,17 @@ class Best:
 
 
 @torch.no_grad()
-def validate(method: Method, source: Source, spec: ValidateSpec, recipe: Recipe, device: torch.device) -> dict[str, float]:
+def validate(
+    method: Method, source: Source, spec: ValidateSpec, recipe: Recipe, device: torch.device
+) -> dict[str, float]:
     """`validation.<name>` for each metric of the recipe; UserError for one that neither the method nor the registry knows."""
     numbers = _rows(method, source, spec.n, recipe.train.batch, device)
     named = [m for m in spec.metrics if m not in numbers]
     unknown = [m for m in named if m not in METRICS]
     if unknown:
-        raise UserError(f"validate.metrics: unknown '{unknown[0]}': {nearest(unknown[0], [*numbers, *METRICS.names()])}")
+        raise UserError(
+            f"validate.metrics: unknown '{unknown[0]}': {nearest(unknown[0], [*numbers, *METRICS.names()])}"
+        )
     if named:
         numbers.update(_samples(method, source, named, spec.n, recipe))
     return {f"validation.{name}": value for name, value in numbers.items()}
@@ -97,9 +101,13 @@ def _samples(method: Method, source: Source, metrics: list[str], n: int, recipe:
 
     samples = method.samples(n, recipe.train.seed)
     if samples is None or recipe.evaluation.features is None:
-        raise UserError(f"validate.metrics: {', '.join(metrics)} need a method that generates and `evaluation: {{features: NAME}}`")
+        raise UserError(
+            f"validate.metrics: {', '.join(metrics)} need a method that generates and `evaluation: {{features: NAME}}`"
+        )
     ids = torch.as_tensor(np.arange(len(source)))
     rows = source.fetch(ids, None)
     labels = rows["cond"]["label"][torch.arange(n) % len(source)] if "label" in rows["cond"] else None
-    scores = score(to_uint8(samples), labels, to_uint8(rows["x0"]), features=recipe.evaluation.features, metrics=metrics)
+    scores = score(
+        to_uint8(samples), labels, to_uint8(rows["x0"]), features=recipe.evaluation.features, metrics=metrics
+    )
     return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}

@@ -85,10 +85,11 @@ def score(
     features: str | FeatureNetwork,
     metrics: Sequence[str],
 ) -> dict[str, float]:
-    """Values by name of uint8 images [n, C, H, W] against `reference` [m, C, H, W]; labels [n] are the classes asked for.
+    """Values by name of uint8 images [n, C, H, W] against `reference` [m, C, H, W]; labels [n] are what was asked for.
 
     A metric may give several numbers. UserError when the two differ in shape, or a metric needs what is None.
     """
+    images = images.cpu()
     if reference is not None and reference.shape[1:] != images.shape[1:]:
         sizes = [" x ".join(str(s) for s in x.shape[1:]) for x in (images, reference)]
         raise UserError(f"generated images are {sizes[0]}, the reference's {sizes[1]}: choose a reference of that size")
@@ -96,7 +97,7 @@ def score(
     data = EvaluationSet(
         generated=network.features(images),
         reference=reference_features(network, reference) if reference is not None else None,
-        labels=labels,
+        labels=labels.cpu() if labels is not None else None,
         logits=network.logits(images),
     )
     values: dict[str, float] = {}

@@ -122,7 +122,8 @@ class ClassifierFeatures:
             raise UserError(
                 f"{self.name} takes uint8 images [n, {channels}, H, W], not {got}: choose another `features`"
             )
-        return images.to(torch.float32) / 127.5 - 1
+        # strides too decide which convolution runs, and one channel may come with those of channels-last
+        return images.clone(memory_format=torch.contiguous_format).to(torch.float32) / 127.5 - 1
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,12 @@ class InceptionFeatures:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # the extractor unpickles freely, so the file is first shown to hold nothing but tensors
-        torch.load(self.file, weights_only=True)
+        try:
+            torch.load(self.file, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"inception: '{self.file}' holds more than tensors and is not loaded; fetch it anew"
+            ) from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         extractor = FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=str(self.file))
         return extractor.to(device)

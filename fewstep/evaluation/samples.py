@@ -46,7 +46,7 @@ def is_pipeline(folder: Path) -> bool:
 
 def draw(folder: Path, n: int, seed: int, steps: int | None, guidance: float | None, batch: int) -> Made:
     """n images of the pipeline in `folder`; image i is a function of (seed, i). None: the model's own steps."""
-    from ..export.pipeline import generate
+    from ..exporting.pipeline import generate
 
     made = generate(folder, n, seed=seed, steps=steps, guidance=guidance, batch=batch)
     timesteps = [float(t) for t in made.timesteps]

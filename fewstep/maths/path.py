@@ -45,7 +45,7 @@ class Path:
         """The label that the network is fed."""
         return in_float64(self._timestep, t)
 
-    def input_scale(self, t: Number) -> Number | float:  # noqa: ARG002
+    def input_scale(self, t: Number) -> Number | float:
         """What the native state is multiplied by on its way into the network (EDM's c_in); 1 on most paths."""
         return 1.0
 

@@ -68,7 +68,7 @@ class FlowPath(Path):
     t_max: float = 1.0
     t_min: float = 0.0
 
-    def native(self, y: Tensor, t: Number) -> Tensor:  # noqa: ARG002
+    def native(self, y: Tensor, t: Number) -> Tensor:
         """y itself."""
         return y
 
@@ -184,7 +184,7 @@ class TrigFlowPath(Path):
 
     sigma_data: float = 1.0
 
-    def input_scale(self, t: Number) -> Number | float:  # noqa: ARG002
+    def input_scale(self, t: Number) -> Number | float:
         """1 / sigma_data."""
         return 1 / self.sigma_data
 

@@ -30,8 +30,9 @@ def er_sde_step(x: Tensor, x0: Tensor, s: Level, u: Level, eta: Level, noise: Te
 
 def er_sde_coefficients(s: Level, u: Level, eta: Level) -> tuple[Tensor, Tensor, Tensor]:
     """The factors of x, x0 and noise in `er_sde_step`, float64."""
-    s, u, strength = _wide(s), _wide(u), _wide(eta) ** 2
+    s, u = _wide(s), _wide(u)
     h = log_snr_step(s, u)
+    strength = _wide(eta).to(h.device) ** 2
     keep = u / s * torch.exp(_times(-strength, h))
     clean = (1 - u) * -torch.expm1(_times(-1 - strength, h))
     return keep, clean, u * torch.sqrt(-torch.expm1(_times(-2 * strength, h)))
@@ -75,7 +76,7 @@ def sde_dpm_2_step(
     """
     keep, clean, fresh = er_sde_coefficients(s, u, eta)
     ratio = log_snr_step(s, u) / log_snr_step(s_before, s)
-    extra = torch.where(_wide(u) == 0, torch.zeros_like(ratio), clean * ratio / 2)
+    extra = torch.where(_wide(u).to(ratio.device) == 0, torch.zeros_like(ratio), clean * ratio / 2)
     first = expand(keep, x) * x + expand(clean, x) * x0 + expand(fresh, x) * noise
     return first + expand(extra, x) * (x0 - x0_before)
 

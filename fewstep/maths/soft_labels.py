@@ -1,4 +1,4 @@
-"""Soft labels of a classifier: compressed for storage, recovered for training, and the loss against them.
+"""Soft labels of a classifier: compressed for storage and recovered for training.
 
 Formats and recovery follow FKD (Shen, Xing; ECCV 2022, arXiv 2112.01528). p is a row of C class probabilities:
 
@@ -74,8 +74,3 @@ def smooth_one_hot(label: Tensor, classes: int, eps: float) -> Tensor:
     off = eps / max(classes - 1, 1)
     p = torch.full((len(label), classes), off, device=label.device)
     return p.scatter(-1, label[:, None], 1 - eps)
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """-sum_k t_k log softmax(z / T)_k for each row, in float32. No factor T^2. [rows, C] -> [rows]"""
-    return -(targets.float() * (logits.float() / temperature).log_softmax(-1)).sum(-1)

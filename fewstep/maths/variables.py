@@ -14,9 +14,10 @@ def expand(value: Tensor | float, like: Tensor) -> Tensor:
 
     It takes the dtype of `like`, but never one below float32: a time rounded to bfloat16 would be off by 0.004.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    value = torch.as_tensor(value, dtype=dtype, device=like.device)
-    return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value
+    value = torch.as_tensor(value, dtype=torch.promote_types(like.dtype, torch.float32))
+    if value.ndim == 0:
+        return value  # a number on the host multiplies tensors of any device without a copy
+    return value.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:

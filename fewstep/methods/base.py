@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..roles import Handle, Role
     from ..store import Store
 
+
 @dataclass(frozen=True)
 class Mean:
     """sum(value) / total, where `total` is the normaliser of the whole optimiser step (from a `Total`).

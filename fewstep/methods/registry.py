@@ -10,6 +10,7 @@ METHODS = Registry(
     {
         "flow_matching": "fewstep.methods.diffusion.flow_matching:FlowMatching",
         "decoupled_dmd": "fewstep.methods.diffusion.decoupled_dmd:DecoupledDMD",
+        "classify": "fewstep.methods.vision.classify:Classify",
         "ferkd": "fewstep.methods.vision.ferkd:FerKD",
         "masked_lm": "fewstep.methods.language.masked_lm:MaskedLM",
         "text_classify": "fewstep.methods.language.text_classify:TextClassify",

@@ -23,7 +23,9 @@ def parse(model: type[T], said: Mapping[str, Any], where: str) -> T:
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """One line for the first mistake of a pydantic error: the nearest key for an unknown one, else value and reason."""
     errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a typo also makes its field missing
+    first = next(
+        (e for e in errors if e["type"] == "extra_forbidden"), errors[0]
+    )  # a typo also makes its field missing
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key '{place}': {nearest(place.split('.')[-1], _keys(model, first['loc'][:-1]))}"

@@ -1,4 +1,4 @@
-"""Plain image classifiers: three convolutions, global average pooling, a linear head. Students and teachers of the vision methods."""
+"""Plain image classifiers of three convolutions: small teachers and students of the vision methods."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ class CNNFamily:
         try:
             module.load_state_dict(load_file(folder / WEIGHTS))
         except RuntimeError as error:
-            raise UserError(f"'{folder / WEIGHTS}' does not fit {CONFIG}: {str(error).splitlines()[-1].strip()}") from None
+            raise UserError(
+                f"'{folder / WEIGHTS}' does not fit {CONFIG}: {str(error).splitlines()[-1].strip()}"
+            ) from None
         return Loaded(module, self.name)
 
     def save(self, module: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..maths.paths import FlowPath, Path, VPPath
+from ..resources import locate
 from .registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 def open_model(source: str | FilePath) -> Loaded:
     """The network in a local folder. Raises UserError when there is no such folder, no known family, or only pickles."""
-    folder = FilePath(source)
+    folder = locate(source)
     if not folder.is_dir():
-        raise UserError(f"no model folder '{source}': give the path of an exported model or of a pipeline saved by diffusers")
+        raise UserError(
+            f"no model folder '{source}': give the path of an exported model or of a pipeline saved by diffusers"
+        )
     refuse_pickles(folder)
     return FAMILIES.get(family_of(folder)).load(folder)
 
@@ -31,7 +34,9 @@ def refuse_pickles(folder: FilePath) -> None:
     """Raises UserError when `folder` holds a pickle; loading one can run any code."""
     found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in _PICKLES)
     if found:
-        raise UserError(f"'{folder}' holds a pickle ({found[0]}), which is never loaded: convert it to safetensors and remove it")
+        raise UserError(
+            f"'{folder}' holds a pickle ({found[0]}), which is never loaded: convert it to safetensors and remove it"
+        )
 
 
 def card(folder: FilePath) -> dict[str, Any]:
@@ -50,7 +55,9 @@ def family_of(folder: FilePath) -> str:
         facts = getattr(FAMILIES.get(name), "facts", None)
         if facts is not None and found is not None and facts.network.split(":")[1] == found:
             return name
-    raise UserError(f"'{folder}' holds {found or 'no network'}, which no family knows: known are {', '.join(FAMILIES.names())}")
+    raise UserError(
+        f"'{folder}' holds {found or 'no network'}, which no family knows: known are {', '.join(FAMILIES.names())}"
+    )
 
 
 def _network_class(folder: FilePath) -> str | None:

@@ -101,7 +101,7 @@ class _Config(BaseModel):
 
 
 class GaussianConfig(_Config):
-    """means [classes][dim], std [classes]; the null class has `null_mean` and `null_std`, by default the means of these."""
+    """means [classes][dim], std [classes]; the null class has `null_mean`, `null_std` (default: averages)."""
 
     means: list[list[float]] = [[0.0]]
     std: list[float] = [1.0]

@@ -37,7 +37,10 @@ class UNet2DFamily(DiffusionFamily):
         pipeline="ConsistencyModelPipeline",
         component="unet",
         network="diffusers:UNet2DModel",
-        lora={"default": ("to_q", "to_k", "to_v", "to_out.0"), "wide": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")},
+        lora={
+            "default": ("to_q", "to_k", "to_v", "to_out.0"),
+            "wide": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"),
+        },
         scalar_slot="class_labels",
         feature_layers=("mid_block",),
     )

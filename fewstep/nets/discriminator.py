@@ -35,7 +35,7 @@ class Discriminator(nn.Module):
     @classmethod
     @torch.no_grad()
     def reading(cls, denoiser: Denoiser, layers: tuple[str, ...] | None) -> Discriminator:
-        """Heads for these activations of a label-conditional or unconditional denoiser; a call on zeros tells shapes."""
+        """Heads for these activations of a denoiser with labels or without; a call on zeros tells the shapes."""
         x = torch.zeros(1, *denoiser.row_shape, device=denoiser.device)
         label = torch.zeros(1, dtype=torch.long, device=x.device)
         features = denoiser.features(x, torch.full((1,), 0.5, device=x.device), Cond(label=label), layers)

@@ -61,7 +61,9 @@ class Adapter(nn.Module):
             down: nn.Module = nn.Linear(module.in_features, rank, bias=False, **kind)
             up: nn.Module = nn.Linear(rank, module.out_features, bias=False, **kind)
         else:
-            rank = min(self.rank, module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels)
+            rank = min(
+                self.rank, module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
+            )
             shape = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding}
             down = nn.Conv2d(module.in_channels, rank, bias=False, dilation=module.dilation, **shape, **kind)  # type: ignore[arg-type]
             up = nn.Conv2d(rank, module.out_channels, 1, bias=False, **kind)

@@ -1,4 +1,4 @@
-"""Pipelines that a distilled checkpoint may carry where no stock diffusers class fits. They need torch and diffusers only."""
+"""Pipelines that a distilled checkpoint carries where no stock diffusers class fits; torch and diffusers only."""
 
 from .pipeline_fewstep_class_v1 import FewStepClassPipeline
 

@@ -1,7 +1,7 @@
 """Few-step images from class labels, or from nothing: pixel and latent networks, flow or variance preserving.
 
-This file travels inside the checkpoint folder and needs torch and diffusers only. Version 1: an incompatible change gets
-a new file name, so that old folders keep the code they were written with.
+This file travels inside the checkpoint folder and needs torch and diffusers only. An incompatible change gets a new
+file name (v2), so that old folders keep the code they were written with.
 
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     image = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0)).images[0]
@@ -11,21 +11,24 @@ import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-Generators = Union[torch.Generator, list[torch.Generator], None]  # noqa: UP007
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class FewStepClassPipeline(DiffusionPipeline):
     """Class-conditional or unconditional generation in few steps.
 
     Args:
-        scheduler: any diffusers scheduler; flow-matching ones are given the sigmas 1, 1-1/N, ..., 1/N before their shift.
+        scheduler: of diffusers; flow-matching ones are given the sigmas 1, 1-1/N, ..., 1/N, which they then shift.
         unet: a `UNet2DModel`; its last class embedding stands for "no class".
         transformer: a `DiTTransformer2DModel`, in place of `unet`.
         vae: decodes latents; None for networks that work on pixels.
@@ -33,11 +36,15 @@ class FewStepClassPipeline(DiffusionPipeline):
         default_guidance_scale: classifier-free guidance it wants at sampling time; 1 is off.
     """
 
-    model_cpu_offload_seq = "unet->transformer->vae"
+    model_cpu_offload_seq: Any = "unet->transformer->vae"
     _optional_components = ["unet", "transformer", "vae"]
     _callback_tensor_inputs = ["latents"]
+    scheduler: Any  # the components; `register_modules` sets them
+    unet: Any
+    transformer: Any
+    vae: Any
 
-    def __init__(
+    def __init__(  # diffusers 0.36 reads Optional[X] here, not X | None
         self,
         scheduler: SchedulerMixin,
         unet: Optional[UNet2DModel] = None,  # noqa: UP045
@@ -63,6 +70,7 @@ class FewStepClassPipeline(DiffusionPipeline):
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes model_index.json and, beside it, this file, which it names; so a saved folder stays loadable."""
         file = Path(inspect.getfile(type(self)))
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, Path(save_directory, file.name))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -73,12 +81,12 @@ class FewStepClassPipeline(DiffusionPipeline):
         return super().to_json_string().replace(f'"_class_name": "{name}"', f'"_class_name": ["{file}", "{name}"]')
 
     @property
-    def network(self) -> torch.nn.Module:
+    def network(self) -> Any:
         """The denoising network, `unet` or `transformer`."""
         return self.unet if self.unet is not None else self.transformer
 
     @property
-    def classes(self) -> Optional[int]:  # noqa: UP045
+    def classes(self) -> Any:
         """Number of classes, None for an unconditional network. The label after the last one means "no class"."""
         if self.transformer is not None:
             return self.transformer.config.num_embeds_ada_norm
@@ -88,17 +96,17 @@ class FewStepClassPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Union[int, list[int], torch.Tensor, None] = None,  # noqa: UP007
+        class_labels: int | list[int] | torch.Tensor | None = None,
         batch_size: int = 1,
-        num_inference_steps: Optional[int] = None,  # noqa: UP045
-        guidance_scale: Optional[float] = None,  # noqa: UP045
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         generator: Generators = None,
-        latents: Optional[torch.Tensor] = None,  # noqa: UP045
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable[..., dict[str, torch.Tensor]]] = None,  # noqa: UP045
-        callback_on_step_end_tensor_inputs: Optional[list[str]] = None,  # noqa: UP045
-    ) -> Union[ImagePipelineOutput, tuple]:  # noqa: UP007
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
         """Generates images.
 
         Args:
@@ -107,14 +115,14 @@ class FewStepClassPipeline(DiffusionPipeline):
             num_inference_steps, guidance_scale: None takes what the network was distilled for.
             generator: one generator, or one for each image, which makes an image independent of its batch.
             latents: unit normal noise [images, channels, size, size] to start from, in place of drawn noise.
-            output_type: "pil", "np" [images, height, width, channels] or "pt" [images, channels, height, width] in 0..1.
+            output_type: "pil", "np" [images, height, width, channels] or "pt" [images, channels, height, width].
             callback_on_step_end: called as f(pipeline, step, timestep, {"latents": latents}); may return new latents.
 
         Returns:
             `ImagePipelineOutput`, or `(images,)` when `return_dict` is False.
         """
-        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
-        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        steps = self.config["default_steps"] if num_inference_steps is None else num_inference_steps
+        scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
         self._check(output_type, scale)
         labels = self._labels(class_labels, batch_size, generator)
         rows = batch_size if labels is None else len(labels)
@@ -139,7 +147,7 @@ class FewStepClassPipeline(DiffusionPipeline):
         if guidance_scale != 1 and self.classes is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes: use 1")
 
-    def _labels(self, labels: Any, batch_size: int, generator: Generators) -> Optional[torch.Tensor]:  # noqa: UP045
+    def _labels(self, labels: Any, batch_size: int, generator: Generators) -> torch.Tensor | None:
         """[images] int64 on the network's device, or None for a network without classes."""
         if self.classes is None:
             if labels is not None:
@@ -154,7 +162,7 @@ class FewStepClassPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size={batch_size} does not fit {len(labels)} class labels")
         return labels.repeat(batch_size) if len(labels) == 1 else labels
 
-    def _start(self, rows: int, generator: Generators, noise: Optional[torch.Tensor]) -> torch.Tensor:  # noqa: UP045
+    def _start(self, rows: int, generator: Generators, noise: torch.Tensor | None) -> torch.Tensor:
         """The scheduler's first state from given or drawn noise, in float32 whatever the network runs in."""
         config = self.network.config
         size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
@@ -198,8 +206,8 @@ class FewStepClassPipeline(DiffusionPipeline):
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
+        pixels = images.cpu().permute(0, 2, 3, 1).numpy()
+        return pixels if output_type == "np" else self.numpy_to_pil(pixels)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -71,7 +71,7 @@ def test_eight_micro_batches_equal_one_batch(tmp_path, method):
         said["student"]["optimizer"]["name"] = "sgd"
     one = toy.trained(said, tmp_path / "one")
     eight = toy.trained({**said, "train": {**said["train"], "micro_batch": 2}}, tmp_path / "eight")
-    assert eight.parts == 8
+    assert eight.cut.parts == 8
     if method == "toy_denoise":  # the game has dropout, whose masks do depend on the cut
         assert toy.largest_difference(one, eight) < 1e-5
 
@@ -89,12 +89,23 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        port,
+        str(script),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one = toy.trained(toy.recipe("toy_denoise", steps=6, save_every=6), tmp_path / "one")
     two = checkpoint.newest(tmp_path / "two" / "checkpoints")
-    assert two is not None and two.state["total"] == 6
+    assert two is not None and two.state["place"]["total"] == 6
     for name, value in one.handles["student"].state().items():
         torch.testing.assert_close(two.files["student.role"][name], value, rtol=0, atol=1e-5)
 
@@ -102,7 +113,9 @@ def test_two_processes_equal_one(tmp_path):
 def test_resume_with_another_cut_is_allowed(tmp_path):
     said = toy.recipe("toy_denoise", steps=4, save_every=2)
     toy.trained(said, tmp_path / "run")
-    again = toy.trained({**said, "train": {**said["train"], "micro_batch": 4, "log_every": 1}}, tmp_path / "run", resume=True)
+    again = toy.trained(
+        {**said, "train": {**said["train"], "micro_batch": 4, "log_every": 1}}, tmp_path / "run", resume=True
+    )
     assert again.total == 4
 
 

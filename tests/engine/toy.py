@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 from torch import nn
 
-from fewstep.engine import checkpoint
+from fewstep.engine import checkpoint, snapshot
 from fewstep.engine.trainer import Trainer
 from fewstep.maths.solvers import Schedule
 from fewstep.methods.base import DiffusionMethod, Mean, Method, MethodConfig, Stage, Total, Update
@@ -111,7 +110,7 @@ def trained(said: dict[str, Any], folder: Path, resume: bool = False) -> Trainer
 
 def hashes(trainer: Trainer) -> dict[str, str]:
     """sha256 of every role, EMA, optimiser, feed and store."""
-    return {name: checkpoint.digest(tensors) for name, tensors in trainer._files().items()}
+    return {name: checkpoint.digest(tensors) for name, tensors in snapshot.files(trainer).items()}
 
 
 def largest_difference(a: Trainer, b: Trainer) -> float:
@@ -121,8 +120,6 @@ def largest_difference(a: Trainer, b: Trainer) -> float:
         other = b.handles[name].state()
         worst = max(worst, *((handle.state()[n].float() - other[n].float()).abs().max().item() for n in other))
     return worst
-
-
 
 
 register()

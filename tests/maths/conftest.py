@@ -50,7 +50,7 @@ class Gaussian:
 
     mean: float = 0.7
     std: float = 0.6
-    path: Path = FlowPath()
+    path: Path = field(default_factory=FlowPath)
 
     def variance(self, t: Any) -> Any:
         return (1 - t) ** 2 * self.std**2 + t**2

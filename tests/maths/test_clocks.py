@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fewstep.maths.clocks import dynamic_mu, dynamic_shift, discrete, logit_normal, shift, uniform, unshift
+from fewstep.maths.clocks import discrete, dynamic_mu, dynamic_shift, logit_normal, shift, uniform, unshift
 
 U = torch.linspace(0, 1, 1001, dtype=torch.float64)
 

@@ -136,6 +136,11 @@ class TestFlow:
         assert path.timestep(t).tolist() == scheduler.timesteps.tolist()
         assert path.timestep(t.float()).tolist() == scheduler.timesteps.tolist()
 
+    def test_times_beyond_the_ends_are_the_ends(self):
+        path = FlowPath(t_max=0.98, t_min=0.02)
+        u = torch.tensor([0.0, 0.01, 0.5, 0.99, 1.0], dtype=F64)
+        assert path.time(u).tolist() == [0.02, 0.02, 0.5, 0.98, 0.98]
+
     def test_the_grid_starts_at_t_max(self):
         path = FlowPath(3.0, t_max=FlowPath(3.0).time(0.999))
         assert path.grid(4) == pytest.approx(Schedule.uniform(4, start=0.999).u, abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -30,7 +31,7 @@ def test_cosine_ramp_starts_and_ends_flat():
 def test_exponential_ramp_multiplies_by_a_constant_factor():
     ramp = Ramp(exponential=(1e-3, 1e-1), over=4)
     values = [ramp.at(step) for step in range(5)]
-    assert [b / a for a, b in zip(values, values[1:])] == pytest.approx([10**0.5] * 4)
+    assert [b / a for a, b in pairwise(values)] == pytest.approx([10**0.5] * 4)
     assert ramp.at(40) == pytest.approx(1e-1)
 
 

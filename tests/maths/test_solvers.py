@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -272,7 +274,7 @@ class TestStockSchedulers:
 class TestHeun:
     def solve(self, exact, x, steps):
         levels = torch.linspace(1, 0.1, steps + 1, dtype=F64).tolist()
-        for t, t_next in zip(levels, levels[1:]):
+        for t, t_next in pairwise(levels):
             x = heun_step(exact.velocity, x, t, t_next)
         return x
 

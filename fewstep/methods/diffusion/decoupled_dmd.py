@@ -56,16 +56,8 @@ class Moments(BaseModel):
     var: float = Field(gt=0)
 
 
-class DiscriminatorSpec(BaseModel):
-    """Which role's activations the discriminator reads; `layers`: submodules, by default the family's deepest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    features: Literal["fake_score", "teacher"] = "fake_score"
-    layers: tuple[str, ...] | None = None
-
-
 class DecoupledDMDConfig(MethodConfig):
-    """Knobs of `DecoupledDMD`. `weights`: dm, ca, meanvar, gan of the student; denoise, discriminator, r1 of the critics.
+    """Knobs of `DecoupledDMD`. `weights`: dm, ca, meanvar, gan for the student; denoise, discriminator, r1 for critics.
 
     meanvar and r1 are on when a weight is given: 0.01-0.05 and 100-1000 are usual.
     """
@@ -84,7 +76,8 @@ class DecoupledDMDConfig(MethodConfig):
     fake_pull: float | None = Field(default=None, ge=0, le=1, description="share of itself that the fake keeps")
     dynamic_grid: int | None = Field(default=None, gt=0, description="draw 1..this many random levels at each step")
     levels: tuple[float, float] = Field(default=(0.02, 0.98), description="range of tau_DM and tau_CA")
-    discriminator: DiscriminatorSpec = DiscriminatorSpec()
+    gan_features: Literal["fake_score", "teacher"] = Field(default="fake_score", description="what the heads read")
+    gan_layers: tuple[str, ...] | None = Field(default=None, description="submodules; null: the family's deepest")
     weights: dict[str, Scalar] = dict(WEIGHTS)
 
     @field_validator("weights")
@@ -144,7 +137,7 @@ class DecoupledDMD(DiffusionMethod):
     @property
     def critics(self) -> tuple[str, ...]:
         """The roles that learn from what the student makes."""
-        gan, eyes = self.config.regularised_by("gan"), self.config.discriminator.features
+        gan, eyes = self.config.regularised_by("gan"), self.config.gan_features
         fake = self.config.regularised_by("dm") or (gan and eyes == "fake_score")
         return ("fake_score",) * fake + ("discriminator",) * gan
 
@@ -155,6 +148,10 @@ class DecoupledDMD(DiffusionMethod):
     def schedule_for(self, steps: int) -> Schedule:
         """The grid of `steps` levels, without guidance."""
         return Schedule(self.config.sampler, self.student.path.grid(steps))
+
+    def steps_offered(self) -> tuple[int, ...]:
+        """All trained grids."""
+        return tuple(sorted(self.config.sizes))
 
     def train_step(self, batch: Batch, draw: Draw) -> Iterator[Update | Total]:
         """The generator's step at every (fake_updates + 1)-th, else the critics' on fresh samples of it."""
@@ -200,8 +197,10 @@ class DecoupledDMD(DiffusionMethod):
 
     @torch.no_grad()
     def directions(self, x0: Tensor, u: float, c: Cond, draw: Draw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Normalised D_DM and D_CA ("dm", "ca"; those that are on) for x0 made from clock value u; and what to watch."""
+        """Normalised D_DM and D_CA ("dm", "ca"; those that are on) for x0 made from clock value u, and monitors."""
         points = self.points(x0, u, draw)
+        if not points:
+            return {}, {}
         real, directions, metrics = self.teach(points, c), {}, {}
         if "dm" in points:
             fake = self.fake_score.x0(*points["dm"], c)
@@ -271,9 +270,9 @@ class DecoupledDMD(DiffusionMethod):
 
     def logits(self, points: list[Point], conds: list[Cond]) -> tuple[Tensor, ...]:
         """The discriminator's logits [rows] at each point, from one call of the network whose features it reads."""
-        eyes: Denoiser = getattr(self, self.config.discriminator.features)
+        eyes: Denoiser = getattr(self, self.config.gan_features)
         x, t = torch.cat([p.x for p in points]), torch.cat([p.t for p in points])
-        features = eyes.features(x, t, Cond.cat(conds), self.config.discriminator.layers)
+        features = eyes.features(x, t, Cond.cat(conds), self.config.gan_layers)
         return self.discriminator(features).chunk(len(points))
 
     def discrimination(self, x0: Tensor, batch: Batch, draw: Draw) -> dict[str, Tensor]:
@@ -309,4 +308,4 @@ class DecoupledDMD(DiffusionMethod):
         from ...models.denoiser import Denoiser
 
         # The fake model starts as a copy of the teacher, so its features have the teacher's shapes.
-        return Discriminator.reading(Denoiser.of(handles["teacher"]), self.config.discriminator.layers)
+        return Discriminator.reading(Denoiser.of(handles["teacher"]), self.config.gan_layers)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...data.batch import Batch
+from ...maths.losses import cross_entropy_rows
 from ...roles import Handle
 from ..base import Method
 
 
 class ClassifierMethod(Method):
-    """A method whose student maps images `batch.x0` to logits [rows, classes] and is scored against `batch.cond.label`."""
+    """A method whose student maps images `batch.x0` to logits [rows, classes]; scored against `batch.cond.label`."""
 
     kind = "vision"
     student: Handle
@@ -23,5 +23,5 @@ class ClassifierMethod(Method):
         logits, label = self.student(batch.x0).float(), batch.cond["label"]
         return {
             "accuracy": (logits.argmax(-1) == label).float(),
-            "cross_entropy": F.cross_entropy(logits, label, reduction="none"),
+            "cross_entropy": cross_entropy_rows(logits, label),
         }

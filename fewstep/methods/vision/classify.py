@@ -9,7 +9,7 @@ from pydantic import Field
 from ...data.batch import Batch
 from ...data.crops import CropSpec, random_crops, replay
 from ...draws import Draw
-from ...maths.soft_labels import smooth_one_hot, soft_cross_entropy
+from ...maths.losses import cross_entropy_rows
 from ...roles import Role
 from ..base import MethodConfig, Total, Update
 from .base import ClassifierMethod
@@ -18,12 +18,14 @@ from .base import ClassifierMethod
 class ClassifyConfig(MethodConfig):
     """Knobs of `classify`."""
 
-    smoothing: float = Field(default=0.0, ge=0, lt=1, description="eps: target 1 - eps on the label, eps / (C - 1) elsewhere")
+    smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="eps: this share of the target is spread over all classes"
+    )
     crop: CropSpec | None = Field(default=None, description="train on random resized crops; null = on whole images")
 
 
 class Classify(ClassifierMethod):
-    """min -sum_k t_k log softmax(z)_k, with t the (smoothed) label. Term: `hard`."""
+    """min -log softmax(z)_y, with label smoothing when `smoothing` says so. Term: `hard`."""
 
     name = "classify"
     Config = ClassifyConfig
@@ -37,6 +39,5 @@ class Classify(ClassifierMethod):
         x, crop = batch.x0, self.config.crop
         if crop is not None:
             x = replay(x, *random_crops(draw, x.shape[-2:], crop))
-        logits = self.student(x)
-        targets = smooth_one_hot(batch.cond["label"], logits.shape[-1], self.config.smoothing)
-        yield Update("student", {"hard": soft_cross_entropy(logits, targets)})
+        loss = cross_entropy_rows(self.student(x), batch.cond["label"], self.config.smoothing)
+        yield Update("student", {"hard": loss})

@@ -19,8 +19,9 @@ from ...data.batch import Batch
 from ...data.crops import Crops, CropSpec, random_crops, replay
 from ...draws import Draw
 from ...errors import UserError
+from ...maths.losses import cross_entropy_rows
 from ...maths.mixing import beta_quantile, cutmix_map, partners_within
-from ...maths.soft_labels import FORMAT, LabelFormat, smooth_one_hot, soft_cross_entropy
+from ...maths.soft_labels import FORMAT, LabelFormat, smooth_one_hot
 from ...roles import Handle, Role
 from ..base import Event, MethodConfig, Paper, Selection, Stage, Total, Update
 from .base import ClassifierMethod
@@ -32,10 +33,16 @@ class FerKDConfig(MethodConfig):
     """Knobs of FerKD. low = 0, middle = 0, high = 1 is FKD."""
 
     crop: CropSpec = CropSpec()
-    label: str = Field(default="marginal_smoothing_k5", pattern=f"^({FORMAT})$", description="how soft labels are stored")
+    label: str = Field(
+        default="marginal_smoothing_k5", pattern=f"^({FORMAT})$", description="how soft labels are stored"
+    )
     half: bool = Field(default=False, description="store probabilities as float16")
-    confidence: Literal["max", "label"] = Field(default="max", description="c: the largest probability, or the true class's")
-    thresholds: Literal["quantile", "absolute"] = Field(default="quantile", description="of c over all crops, or values of c")
+    confidence: Literal["max", "label"] = Field(
+        default="max", description="c: the largest probability, or the true class's"
+    )
+    thresholds: Literal["quantile", "absolute"] = Field(
+        default="quantile", description="of c over all crops, or values of c"
+    )
     low: float = Field(default=0.05, description="T_L: crops below are discarded")
     middle: float = Field(default=0.2, description="T_M: crops below get the smoothed label in place of the teacher's")
     high: float = Field(default=1.0, description="T_T: crops above are discarded")
@@ -77,7 +84,7 @@ class Thresholds:
 
 
 def pick(confidence: Tensor, kept: Tensor, key: Tensor, count: int) -> Tensor:
-    """Columns of `count` kept crops of each image [images, count], in the order of `key`; they repeat where fewer are kept.
+    """Columns of `count` kept crops of each image [images, count] in the order of `key`; repeats where fewer are kept.
 
     An image that keeps none is served by its surest crop. confidence, kept (bool), key (0..1): [images, crops].
     """
@@ -90,8 +97,8 @@ def pick(confidence: Tensor, kept: Tensor, key: Tensor, count: int) -> Tensor:
 class FerKD(ClassifierMethod):
     """L = -sum_k t_k log softmax(z / T)_k on replayed crops, term `soft`; no hard-label term and no factor T^2.
 
-    t is the teacher's stored label in the important region (T_M <= c <= T_T) and 1 - eps on the true class, eps / (C - 1)
-    elsewhere in the hard region (T_L <= c < T_M). Other crops are discarded. SelfMix then mixes crops of one image.
+    t is the teacher's stored label in the important region (T_M <= c <= T_T). In the hard region (T_L <= c < T_M) it is
+    1 - eps on the true class, eps / (C - 1) elsewhere. Other crops are discarded. SelfMix then mixes crops of one image.
 
     Stages: `label` (offline, writes the store "crops"), `train`, and `single_crop` when it has steps. `data.train` is a
     source of `crops`, whose ids are those of the store.
@@ -114,9 +121,10 @@ class FerKD(ClassifierMethod):
 
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
         """As in `Method`; UserError when `data.train` is no source of crops."""
-        if not isinstance(sources["train"], Crops):
-            raise UserError("ferkd replays crops: write `data: {train: {source: crops, of: {source: ...}, per_image: 8}}`")
-        if sources["train"].classes is None:
+        train = sources.get("train")
+        if not isinstance(train, Crops):
+            raise UserError("ferkd replays crops: in data, write `train: {source: crops, of: {...}, per_image: 8}`")
+        if train.classes is None:
             raise UserError("ferkd needs labels: `data.train.of` serves images without classes")
         super().bind(handles, sources, stores)
 
@@ -138,7 +146,8 @@ class FerKD(ClassifierMethod):
         label = batch.cond["label"]
         sure = {"p_max": p.amax(-1), "p_label": p.gather(-1, label[:, None])[:, 0]}
         rows = {"coords": coords, "flip": flip, **self._format.pack(p), **sure}
-        yield Update((), {}, keep={STORE: rows}, metrics={"teacher_accuracy": (p.argmax(-1) == label).float()})
+        keep = {f"{STORE}.{column}": values for column, values in rows.items()}
+        yield Update((), {}, keep=keep, metrics={"teacher_accuracy": (p.argmax(-1) == label).float()})
 
     def train_step(self, batch: Batch, draw: Draw) -> Iterator[Update | Total]:
         """Soft cross entropy on stored crops."""
@@ -147,7 +156,7 @@ class FerKD(ClassifierMethod):
         targets = self.targets(rows, batch.cond["label"])
         if self.config.selfmix:
             x, targets = self.mixed(x, targets, batch.image, draw)
-        loss = soft_cross_entropy(self.student(x), targets, self.config.temperature)
+        loss = cross_entropy_rows(self.student(x) / self.config.temperature, targets)
         yield Update("student", {"soft": loss}, metrics=self.region_shares)
 
     def targets(self, rows: Mapping[str, Tensor], label: Tensor) -> Tensor:

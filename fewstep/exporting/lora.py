@@ -29,7 +29,7 @@ def lora_state(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's weights by peft's names, without prefix."""
     names = {"lora_A": adapter.down, "lora_B": adapter.up}
     return {
-        f"{_layer(key)}.{name}.weight": part.weight.detach().cpu().contiguous()  # type: ignore[operator, union-attr]
+        f"{_layer(key)}.{name}.weight": part.weight.detach().cpu().contiguous()  # type: ignore[operator]
         for name, parts in names.items()
         for key, part in parts.items()
     }

@@ -22,11 +22,11 @@ def given_noise(pipeline: Any, noise: Callable[[int, tuple[int, ...]], Any]) -> 
     Stock pipelines take no noise for the scheduler, some take none at all, and ConsistencyModelPipeline refuses latents
     of other than three channels; but all draw through this one function, the start first.
     """
-    modules = {sys.modules[type(part).__module__] for part in (pipeline, pipeline.scheduler)}
+    modules: set[Any] = {sys.modules[type(part).__module__] for part in (pipeline, pipeline.scheduler)}
     kept = {module: module.randn_tensor for module in modules if hasattr(module, "randn_tensor")}
     calls = iter(range(sys.maxsize))
 
-    def answer(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Any:
+    def answer(shape: Any, *_generator: Any, device: Any = None, dtype: Any = None, **_other: Any) -> Any:
         return noise(next(calls), tuple(shape)).to(device=device, dtype=dtype)
 
     try:
@@ -48,7 +48,8 @@ def images_of(pipeline: Any, rows: int, labels: Sequence[int] | None, steps: int
 
 def main(folder: str, request: str, answer: str) -> None:
     """Loads the pipeline in `folder`, samples it once, and writes `images` [rows, channels, height, width] in 0..1."""
-    sys.modules.update(dict.fromkeys(("fewstep", "fewstep_pipelines", "fewstep_kernels")))  # importing these now fails
+    for name in ("fewstep", "fewstep_pipelines", "fewstep_kernels"):
+        sys.modules[name] = None  # type: ignore[assignment]  # from here on, importing it fails
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import safe_open

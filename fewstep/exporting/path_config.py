@@ -35,7 +35,7 @@ def kind_of(path: Path) -> str:
 
 def path_config(path: Path) -> dict[str, Any]:
     """`path` in words that `models.folder.path_from` reads back to an equal path."""
-    return {"kind": kind_of(path), **(vp_config(path) if isinstance(path, VPPath) else asdict(path))}  # type: ignore[call-overload]
+    return {"kind": kind_of(path), **(vp_config(path) if isinstance(path, VPPath) else asdict(path))}
 
 
 def vp_config(path: VPPath) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fewstep_kernels import noise
 
 from .. import __version__
 from ..maths.paths import Path as NoisePath
@@ -17,7 +18,6 @@ from .atomic import sha256
 from .path_config import path_config
 
 FORMAT = 1
-NOISE = "fn1"  # which addressed noise the samples of `generate` start from
 HASHED = ("*.safetensors", "*.py")
 
 
@@ -38,7 +38,7 @@ def provenance(folder: Path) -> dict[str, Any]:
     files = sorted(file for pattern in HASHED for file in folder.rglob(pattern))
     return {
         "format": FORMAT,
-        "noise": NOISE,
+        "noise": noise.FORMAT,
         "versions": {"fewstep": __version__, **{name: version(name) for name in ("diffusers", "torch")}},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sha256": {file.relative_to(folder).as_posix(): sha256(file) for file in files},

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from torch import Tensor
 
 from ..draws import Draw
 from ..errors import UserError
+from ..evaluation.nfe import count_calls
 from ..models.folder import card, refuse_pickles
 from .fresh import given_noise, images_of
-from .network import class_count, counted, network_of
-
-INDEX = "model_index.json"
+from .index import pipeline_class
+from .network import class_count, network_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,6 @@ def load_pipeline(folder: str | Path, trust_remote_code: bool = False, device: t
     not, because the installed class is used. Raises UserError for a missing or broken folder, a pickle, or such code.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        raise UserError(f"'{folder}' is no pipeline folder: it has no {INDEX}")
     refuse_pickles(folder)
     found = pipeline_class(folder, trust_remote_code)
     trust = {"trust_remote_code": True} if trust_remote_code else {}
@@ -62,30 +58,6 @@ def load_pipeline(folder: str | Path, trust_remote_code: bool = False, device: t
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot load '{folder}': {str(error).strip().splitlines()[0]}") from error
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def pipeline_class(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The class that model_index.json names: stock, or shipped in `fewstep_pipelines`, or (trusted) the folder's own."""
-    said = json.loads((folder / INDEX).read_text())["_class_name"]
-    module, name = said if isinstance(said, list) else ("", said)
-    code = foreign_code(folder)
-    if code and not trust_remote_code:
-        raise UserError(
-            f"'{folder}' brings code ({code[0]}) that loading would run: read it, then pass trust_remote_code=True"
-        )
-    source = "fewstep_pipelines" if module in _shipped() else "diffusers"
-    if module and module not in _shipped():
-        name = "DiffusionPipeline"
-    found = getattr(import_module(source), name, None)
-    if found is None:
-        raise UserError(f"'{folder}' wants {name}, which this version of diffusers does not have")
-    return found
-
-
-def foreign_code(folder: Path) -> list[Path]:
-    """Python files in the folder other than copies of `fewstep_pipelines`, which are never run from there."""
-    files = (file.relative_to(folder) for file in folder.rglob("*.py"))
-    return sorted(file for file in files if len(file.parts) > 1 or file.stem not in _shipped())
 
 
 def generate(
@@ -104,25 +76,31 @@ def generate(
     labels [n]: default i % classes. steps, guidance: default what the folder says. progress(done, n) after each batch.
     Raises UserError for a broken folder, labels that do not fit, or guidance where the pipeline has none.
     """
+    if n < 1 or batch < 1:
+        raise UserError(f"n and batch must be at least 1, not {n} and {batch}")
     pipeline = load_pipeline(source, trust_remote_code) if isinstance(source, str | Path) else source
     steps, guidance = _defaults(pipeline, steps, guidance)
     chosen = _labels(pipeline, n, labels)
     images, seconds = [], 0.0
-    with counted(network_of(pipeline)) as calls:
+    with count_calls(network_of(pipeline)) as calls:
         for start in range(0, n, batch):
             rows = np.arange(start, min(start + batch, n))
             part = None if chosen is None else chosen[start : start + batch].tolist()
             began = time.perf_counter()
-            with torch.no_grad(), givenaddresses(pipeline, addresses(Draw.for_images(seed, rows))):
-                pixels = images_of(pipeline, len(rows), part, steps, guidance)
+            pixels = _pixels(pipeline, Draw.for_images(seed, rows), part, steps, guidance)
             seconds += time.perf_counter() - began
             images.append(torch.from_numpy((pixels * 255).round().astype("uint8")).permute(0, 3, 1, 2))
             if progress is not None:
                 progress(start + len(rows), n)
-    scheduler = pipeline.scheduler
-    timesteps = tuple(torch.as_tensor(scheduler.timesteps).tolist())
-    stacked = torch.cat(images).contiguous()
-    return Generated(stacked, chosen, calls.rows / n, 1000 * seconds / n, timesteps, type(scheduler).__name__, guidance)
+    return Generated(
+        images=torch.cat(images).contiguous(),
+        labels=chosen,
+        nfe=calls.per_image(n),
+        ms_per_image=1000 * seconds / n,
+        timesteps=tuple(torch.as_tensor(pipeline.scheduler.timesteps).tolist()),
+        scheduler=type(pipeline.scheduler).__name__,
+        guidance=guidance,
+    )
 
 
 def sample(model: str | Path | Any, n: int, seed: int = 0, **options: Any) -> Tensor:
@@ -137,7 +115,7 @@ def addresses(draw: Draw) -> Callable[[int, tuple[int, ...]], Tensor]:
 
 def _pixels(pipeline: Any, draw: Draw, labels: list[int] | None, steps: int | None, guidance: float | None) -> Any:
     try:
-        with torch.no_grad(), given_noise(pipeline, addresses(draw)):
+        with given_noise(pipeline, addresses(draw)):
             return images_of(pipeline, draw.rows, labels, steps, guidance)
     except ValueError as error:  # a number of steps or a guidance that the scheduler or pipeline cannot do
         reason = str(error).strip().splitlines()[0]
@@ -145,7 +123,8 @@ def _pixels(pipeline: Any, draw: Draw, labels: list[int] | None, steps: int | No
 
 
 def _defaults(pipeline: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float | None]:
-    said = card(Path(pipeline.config.get("_name_or_path", ""))).get("schedule", {})
+    origin = pipeline.config.get("_name_or_path")
+    said = card(Path(origin)).get("schedule", {}) if origin else {}
     steps = steps or (len(said["u"]) if said else None)
     if "guidance_scale" in inspect.signature(pipeline.__call__).parameters:
         return steps, said.get("guidance") if guidance is None else guidance
@@ -164,12 +143,6 @@ def _labels(pipeline: Any, n: int, labels: Sequence[int] | Tensor | None) -> Ten
     if chosen.shape != (n,) or (n and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes):
         raise UserError(f"labels must be {n} numbers in 0..{classes - 1}")
     return chosen
-
-
-def _shipped() -> set[str]:
-    """Names of the pipeline files in `fewstep_pipelines`."""
-    package = import_module("fewstep_pipelines")
-    return {file.stem for file in Path(str(package.__file__)).parent.glob("*_v*.py")}
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Target:
 
     @property
     def own(self) -> bool:
-        """Whether it is the pipeline that folders carry, which alone does classifier-free guidance and decodes latents."""
+        """Whether it is the pipeline that folders carry, which alone here guides and decodes latents."""
         return self.pipeline == OWN
 
     def scheduler_for(self, path: Path, steps: int) -> Any:
@@ -115,6 +115,14 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
+def row_of(pipeline: str, scheduler: str) -> Target:
+    """The first row of a pipeline and scheduler, by their class names. UserError when a folder names others."""
+    for row in TARGETS:
+        if (row.pipeline.split(":")[1], row.scheduler) == (pipeline, scheduler):
+            return row
+    raise UserError(f"fewstep exports no {pipeline} with a {scheduler}")
+
+
 def scheduler_class(name: str) -> Any:
     """The diffusers scheduler called `name`; UserError when the installed version has none."""
     found = getattr(import_module("diffusers"), name, None)
@@ -175,7 +183,7 @@ def training_path(
 def training_start(
     family: DiffusionFamily, path: Path, kind: Kind, steps: int, guidance: float = 1.0, latent: bool = False
 ) -> float:
-    """Clock value of the first level of `training_path`: 1, or .999 for whole labels, or that of a table's last entry."""
+    """Clock value of the first level of `training_path`: 1, or .999 for whole labels and for tables of 1000."""
     trained = training_path(family, path, kind, steps, guidance, latent)
     return trained.grid(steps)[0]
 
@@ -217,6 +225,6 @@ def _fits(row: Target, path: Path, schedule: Schedule) -> bool:
 
 def _no_target(path: Path, kind: str, steps: int) -> UserError:
     return UserError(
-        f"no diffusers scheduler steps on these {steps} levels of a {kind_of(path)} path with '{kind}' from its config alone: "
-        "train on the levels that export.targets.training_path gives, e.g. 1, 2, 4 or 8 evenly spaced ones"
+        f"no diffusers scheduler makes these {steps} levels of a {kind_of(path)} path with '{kind}' from its config: "
+        "train on the levels that exporting.targets.training_path gives, e.g. 1, 2, 4 or 8 evenly spaced ones"
     )

@@ -41,8 +41,8 @@ def export(
     path, schedule: how it is sampled; None for networks that do not generate, which are saved as their family does.
     steps_offered: step counts worth sampling at; default: those whose levels are all in `schedule`.
     card: what else fewstep.json says: method, paper, base, evaluation, scores (rows of a table), licence, ...
-    adapter: also written as a LoRA file (`module` itself is the merged network). vae: decodes a latent network's output.
-    Raises UserError when `out` holds something else or no scheduler makes the schedule, RunFailed when the disk refuses.
+    adapter: also written as a LoRA file; `module` itself is the merged network. vae: decodes a latent network's output.
+    Raises UserError when `out` holds something else or no scheduler makes the schedule, RunFailed when the disk fails.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and ((out / CARD).exists() or not any(out.iterdir()))):
@@ -52,9 +52,8 @@ def export(
         said = {"family": family.name, **card, **_pipeline(module, family, path, schedule, steps_offered, aside, vae)}
         if adapter is not None:
             said["lora"] = LORA_FILE
-            save_lora(
-                adapter, _prefix(family), aside / LORA_FILE, {k: said[k] for k in ("schedule", "path") if k in said}
-            )
+            sampled: dict[str, Any] = {key: said[key] for key in ("schedule", "path") if key in said}
+            save_lora(adapter, _prefix(family), aside / LORA_FILE, sampled)
         said |= provenance(aside)
         (aside / CARD).write_text(json.dumps(said, indent=2) + "\n")
         (aside / README).write_text(readme(out.name, said))

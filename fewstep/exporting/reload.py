@@ -40,9 +40,8 @@ def reload_check(
     images = fresh_images(Path(folder), said, given)
     difference = ((expected.cpu().float() / 2 + 0.5).clamp(0, 1) - images).abs().max().item()
     if not difference < TOLERANCE:
-        raise RunFailed(
-            f"'{folder}' reloaded in a fresh process is off by {difference:.1e}: it does not make the trained images"
-        )
+        what = f"reloaded in a fresh process, its images are off by {difference:.1e}"
+        raise RunFailed(f"'{folder}' does not make the trained images: {what}")
     return difference
 
 

@@ -1,0 +1,25 @@
+"""Facts about the network inside a pipeline: which one it is, and how many classes it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def network_of(pipeline: Any) -> nn.Module:
+    """The denoising network of a diffusers pipeline."""
+    for name in ("unet", "transformer"):
+        network = getattr(pipeline, name, None)
+        if network is not None:
+            return network
+    raise ValueError(f"{type(pipeline).__name__} has neither unet nor transformer")
+
+
+def class_count(network: nn.Module) -> int | None:
+    """Number of classes that a network is conditioned on, without the null class; None for an unconditional one."""
+    config: Any = getattr(network, "config", {})
+    if not hasattr(config, "get"):
+        return None
+    embeddings = config.get("num_class_embeds")
+    return embeddings - 1 if embeddings is not None else config.get("num_embeds_ada_norm")
