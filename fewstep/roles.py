@@ -268,7 +268,7 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
     tune = spec.tune or role.tune
     source = spec.source or role.init
     with seeded(seed, role.name):
-        if source in handles:
+        if source is not None and source in handles:
             return _from_role(role, spec, tune, handles[source])
         loaded = _load(role, spec, source, handles)
         module = loaded.module.to(device).requires_grad_(tune == "full").train(role.train_mode)

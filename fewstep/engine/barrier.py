@@ -19,6 +19,7 @@ from ..methods.base import Mean, Total, Update
 from . import distributed
 
 Part = Iterator[Update | Total]
+Seed = tuple[int | str, ...]
 
 
 class ContractError(RuntimeError):
@@ -44,7 +45,7 @@ class Gradients:
 
 
 def advance(
-    parts: Sequence[Part], seeds: Sequence[tuple[int, ...]], gradients: Gradients, finish: Callable[[Barrier], None]
+    parts: Sequence[Part], seeds: Sequence[Seed], gradients: Gradients, finish: Callable[[Barrier], None]
 ) -> None:
     """Runs one optimiser step: all parts to their end, calling `finish` at each Update barrier.
 
@@ -66,7 +67,7 @@ def advance(
         finish(_barrier(said, gradients))  # type: ignore[arg-type]
 
 
-def _next(part: Part, reply: dict[str, Tensor] | None, seed: tuple[int, ...]) -> Update | Total | None:
+def _next(part: Part, reply: dict[str, Tensor] | None, seed: Seed) -> Update | Total | None:
     seed_everything(seed)
     try:
         return part.send(reply)  # type: ignore[attr-defined]
@@ -74,8 +75,8 @@ def _next(part: Part, reply: dict[str, Tensor] | None, seed: tuple[int, ...]) ->
         return None
 
 
-def seed_everything(seed: tuple[int, ...]) -> None:
-    """Seeds Python's, numpy's and torch's global generators from a tuple of numbers."""
+def seed_everything(seed: Seed) -> None:
+    """Seeds Python's, numpy's and torch's global generators from a tuple of numbers and names."""
     number = int.from_bytes(blake2b(repr(seed).encode(), digest_size=8).digest(), "little")
     random.seed(number)
     np.random.seed(number % 2**32)

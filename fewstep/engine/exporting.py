@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.registry import make_source
 from ..errors import UserError
 from ..exporting.folder import export as write_folder
+from ..exporting.network import class_count
+from ..exporting.targets import target_for, training_path
 from ..methods.base import DiffusionMethod, Method
 from ..models.registry import FAMILIES
 from ..recipe import Recipe, load_recipe
@@ -17,6 +19,23 @@ from .snapshot import place, restore_roles
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+
+def meet_export(method: Method, handles: dict[str, Handle]) -> None:
+    """Sets the exported role's path to the one whose pairs (label fed, level stepped from) an exported scheduler has.
+
+    Asked before training, so that a schedule which no scheduler makes is refused now (UserError), not at the end.
+    """
+    handle = handles.get(method.exported())
+    if not isinstance(method, DiffusionMethod) or handle is None or handle.path is None:
+        return
+    family = FAMILIES.get(str(handle.family))
+    if not family.facts.pipeline:
+        return
+    schedule = method.schedule()
+    handle.path = training_path(family, handle.path, schedule.kind, schedule.steps, schedule.guidance)
+    getattr(method, method.exported()).path = handle.path
+    target_for(family, handle.path, method.schedule(), labels=class_count(handle.module) is not None)
 
 
 def export_run(trainer: Trainer) -> Path | None:
@@ -46,20 +65,21 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or r.tune == "frozen"]
     handles = assemble(roles, recipe.roles, recipe.train.seed)
     method.bind(handles, {name: make_source(config) for name, config in recipe.data.items()}, {})
+    meet_export(method, handles)
     restore_roles(handles, saved)
     return _write(method, handles, recipe, target, place(saved).total)
 
 
 def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:
     handle = handles[method.exported()]
-    diffusion = isinstance(method, DiffusionMethod)
+    diffusion = method if isinstance(method, DiffusionMethod) else None
     return write_folder(
         method.exported_module(),
         FAMILIES.get(str(handle.family)),
         handle.path,
-        method.schedule() if diffusion else None,
+        diffusion.schedule() if diffusion else None,
         to,
-        steps_offered=method.steps_offered() if diffusion else (),
+        steps_offered=diffusion.steps_offered() if diffusion else (),
         card=_card(method, handle, recipe, steps),
         adapter=handle.adapter,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -53,7 +53,8 @@ def bar(title: str, total: int, done: int = 0, show: bool = True) -> Iterator[Ad
         task = progress.add_task(title, total=total, completed=done, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            progress.update(task, advance=steps, **({"note": note} if note is not None else {}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            progress.update(task, advance=steps, **fields)
 
         yield advance
 

@@ -27,6 +27,7 @@ from ..roles import Handle, assemble
 from ..store import Store
 from . import checkpoint, distributed, snapshot
 from .barrier import Barrier, ContractError, Gradients, advance
+from .exporting import export_run, meet_export
 from .feed import Feed, Feeds
 from .guards import Guards
 from .interrupt import Interrupt, watching
@@ -63,8 +64,6 @@ def train(
     resume: go on from the newest checkpoint in `out`. stage: run this one only. show: progress bars on stderr.
     Raises UserError for bad input and RunFailed for a run that could not go on; checkpoints are never half-written.
     """
-    from .exporting import export_run
-
     trainer = Trainer(load_recipe(recipe, overrides), Path(out), resume, stage, show)
     trainer.run()
     model = export_run(trainer) if stage is None else None
@@ -92,6 +91,7 @@ class Trainer:
         self.stores = self._stores()
         self.handles = self._handles()
         self.method.bind(self.handles, self.sources, self.stores)
+        meet_export(self.method, self.handles)
         self.place, self.window = Place(), Window()
         self.guards, self.best = Guards(recipe.guards), Best.of(recipe.validation)
         self.interrupt = Interrupt()

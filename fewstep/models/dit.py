@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Cond
 from .build import parse
-from .family import DiffusionFamily, Facts, Loaded
+from .family import DiffusionFamily, Facts, Loaded, settings
 from .folder import path_from
 
 
@@ -52,7 +52,7 @@ class DiTFamily(DiffusionFamily):
         from diffusers import DiTTransformer2DModel
 
         c = parse(DiTConfig, config, "dit build")
-        module = DiTTransformer2DModel(
+        module: Any = DiTTransformer2DModel(
             sample_size=c.sample_size,
             in_channels=c.channels,
             out_channels=c.channels * (2 if c.learned_sigma else 1),
@@ -72,11 +72,11 @@ class DiTFamily(DiffusionFamily):
 
     def null(self, module: nn.Module, cond: Cond) -> Cond:
         """diffusers' label embedding keeps one row more than there are classes."""
-        return cond.with_(label=cond["label"].new_full(cond["label"].shape, module.config.num_embeds_ada_norm))  # type: ignore[union-attr]
+        return cond.with_(label=cond["label"].new_full(cond["label"].shape, settings(module).num_embeds_ada_norm))
 
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
         """[channels, size, size]"""
-        c = module.config  # type: ignore[union-attr]
+        c = settings(module)
         return (c.in_channels, c.sample_size, c.sample_size)
 
 

@@ -95,6 +95,11 @@ class Facts:
     train_dropout: bool = False
 
 
+def settings(module: nn.Module) -> Any:
+    """The config of a diffusers network."""
+    return module.config
+
+
 class DiffusionFamily:
     """A family of denoising networks. Subclasses set `name` and `facts` and write `build`, `pack`, and what differs."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data.batch import Cond
 from ..errors import UserError
 from .build import parse
-from .family import DiffusionFamily, Facts, Loaded
+from .family import DiffusionFamily, Facts, Loaded, settings
 from .folder import path_from
 
 
@@ -52,7 +52,7 @@ class UNet2DFamily(DiffusionFamily):
         c = parse(UNet2DConfig, config, "unet2d build")
         depth = len(c.block_out_channels)
         last = "Attn" if c.attention == "last" else ""
-        module = UNet2DModel(
+        module: Any = UNet2DModel(
             sample_size=c.sample_size,
             in_channels=c.channels,
             out_channels=c.channels,
@@ -69,19 +69,19 @@ class UNet2DFamily(DiffusionFamily):
 
     def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:
         """Labels go in as `class_labels`; a network without classes takes none."""
-        labels = {"class_labels": cond["label"]} if module.config.num_class_embeds is not None else {}  # type: ignore[union-attr]
+        labels = {"class_labels": cond["label"]} if settings(module).num_class_embeds is not None else {}
         return {"sample": x, "timestep": timestep, **labels}
 
     def null(self, module: nn.Module, cond: Cond) -> Cond:
         """The last embedding is the null class."""
-        embeds = module.config.num_class_embeds  # type: ignore[union-attr]
+        embeds = settings(module).num_class_embeds
         if embeds is None:
             raise UserError("this unet2d has no classes, so it has no unconditional branch: use guidance_scale 1")
         return cond.with_(label=cond["label"].new_full(cond["label"].shape, embeds - 1))
 
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
         """[channels, size, size]"""
-        c = module.config  # type: ignore[union-attr]
+        c = settings(module)
         size = c.sample_size if not isinstance(c.sample_size, int) else (c.sample_size, c.sample_size)
         return (c.in_channels, *size)
 

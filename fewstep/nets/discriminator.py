@@ -56,9 +56,9 @@ class MapHead(nn.Sequential):
     def __init__(self, channels: int, height: int, width: int):
         layers: list[nn.Module] = []
         while min(height, width) >= 8:
-            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_norm(channels)]
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _norm(channels), nn.SiLU()]
             height, width = height // 2, width // 2
-        layers += [nn.Conv2d(channels, channels, (min(4, height), min(4, width)), stride=4), *_norm(channels)]
+        layers += [nn.Conv2d(channels, channels, (min(4, height), min(4, width)), stride=4), _norm(channels), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
 
 
@@ -76,7 +76,7 @@ class TokenHead(nn.Sequential):
         super().__init__(
             Square(side),
             nn.Conv2d(width, half, kernel, stride=2, padding=1 if kernel == 4 else 0),
-            nn.GroupNorm(math.gcd(32, half), half),
+            _norm(half),
             nn.LeakyReLU(0.2),
             nn.Conv2d(half, 1, 1),
         )
@@ -104,5 +104,6 @@ class Square(nn.Module):
 HEADS: dict[int, Callable[..., nn.Module]] = {3: MapHead, 2: TokenHead, 1: VectorHead}
 
 
-def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
-    return nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()
+def _norm(channels: int) -> nn.GroupNorm:
+    # At 1x1 a group is as many numbers as it has channels: with one, normalising would leave nothing.
+    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 8)), channels)

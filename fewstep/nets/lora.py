@@ -9,10 +9,11 @@ the backward pass, when another role's adapter may be the active one (`checkpoin
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 
 _ACTIVE: ContextVar[Adapter | None] = ContextVar("fewstep_adapter", default=None)
+Layer = nn.Linear | nn.Conv2d
 _HOOKED = "_fewstep_lora_hook"
 
 
@@ -46,31 +48,17 @@ class Adapter(nn.Module):
         self.rank, self.alpha, self.targets = rank, alpha, list(targets)
         self.scale = alpha / rank
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
-        self._pairs: dict[nn.Module, tuple[nn.Module, nn.Module]] = {}
+        self._pairs: dict[nn.Module, tuple[Layer, Layer]] = {}
         for path, module in base.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and _matches(path, targets):
+            if _adaptable(module) and _matches(path, targets):
                 self._adapt(path, module)
         if not self._pairs:
             raise UserError(f"no layer of {type(base).__name__} matches lora.targets {list(targets)}")
 
-    def _adapt(self, path: str, module: nn.Linear | nn.Conv2d) -> None:
-        weight = module.weight
-        kind = {"device": weight.device, "dtype": torch.float32}
-        if isinstance(module, nn.Linear):
-            rank = min(self.rank, module.in_features, module.out_features)
-            down: nn.Module = nn.Linear(module.in_features, rank, bias=False, **kind)
-            up: nn.Module = nn.Linear(rank, module.out_features, bias=False, **kind)
-        else:
-            rank = min(
-                self.rank, module.in_channels * module.kernel_size[0] * module.kernel_size[1], module.out_channels
-            )
-            shape = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding}
-            down = nn.Conv2d(module.in_channels, rank, bias=False, dilation=module.dilation, **shape, **kind)  # type: ignore[arg-type]
-            up = nn.Conv2d(rank, module.out_channels, 1, bias=False, **kind)
-            if module.groups != 1 or module.padding_mode != "zeros":
-                return  # grouped convolutions carry too few weights for a low rank to pay
-        nn.init.kaiming_uniform_(down.weight, a=5**0.5)  # type: ignore[arg-type]
-        nn.init.zeros_(up.weight)  # type: ignore[arg-type]
+    def _adapt(self, path: str, module: Layer) -> None:
+        down, up = _low_rank(module, self.rank)
+        nn.init.kaiming_uniform_(down.weight, a=5**0.5)
+        nn.init.zeros_(up.weight)
         key = path.replace(".", "/")  # ModuleDict keys hold no dots
         self.down[key], self.up[key] = down, up
         self._pairs[module] = (down, up)
@@ -79,7 +67,7 @@ class Adapter(nn.Module):
 
     def delta(self, key: str) -> Tensor:
         """The change of the weight at `key`, in the base weight's shape."""
-        down, up = self.down[key].weight, self.up[key].weight
+        down, up = cast(Tensor, self.down[key].weight), cast(Tensor, self.up[key].weight)
         if down.ndim == 2:
             return self.scale * (up @ down)
         return self.scale * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
@@ -88,8 +76,23 @@ class Adapter(nn.Module):
     def merge_into(self, module: nn.Module) -> None:
         """Adds every delta to the weights of `module`, a network of the base's class."""
         for key in self.down:
-            layer = module.get_submodule(key.replace("/", "."))
-            layer.weight += self.delta(key).to(layer.weight.dtype)  # type: ignore[operator]
+            weight = module.get_parameter(key.replace("/", ".") + ".weight")
+            weight.add_(self.delta(key).to(weight.dtype))
+
+
+def _low_rank(module: Layer, rank: int) -> tuple[Layer, Layer]:
+    """Two layers whose product has the module's shape; the rank never exceeds what the weight can have."""
+    place, dtype = module.weight.device, torch.float32
+    if isinstance(module, nn.Linear):
+        rank = min(rank, module.in_features, module.out_features)
+        down = nn.Linear(module.in_features, rank, bias=False, device=place, dtype=dtype)
+        return down, nn.Linear(rank, module.out_features, bias=False, device=place, dtype=dtype)
+    rank = min(rank, module.in_channels * math.prod(module.kernel_size), module.out_channels)
+    shape: Any = (module.kernel_size, module.stride, module.padding, module.dilation)
+    plain: Any = {"bias": False, "device": place, "dtype": dtype}
+    return nn.Conv2d(module.in_channels, rank, *shape, **plain), nn.Conv2d(
+        rank, module.out_channels, 1, bias=False, device=place, dtype=dtype
+    )
 
 
 def _add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -101,11 +104,18 @@ def _add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> T
     return output + adapter.scale * up(down(args[0]))
 
 
+def _adaptable(module: nn.Module) -> TypeGuard[Layer]:
+    """Linear and plain Conv2d; grouped convolutions carry too few weights for a low rank to pay."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return isinstance(module, nn.Linear)
+
+
 def _matches(path: str, targets: Sequence[str]) -> bool:
     return any(path == t or path.endswith("." + t) or fnmatch.fnmatch(path, t) for t in targets)
 
 
-def checkpointed(module: nn.Module) -> None:
+def checkpointed(module: Any) -> None:
     """Switches on activation checkpointing in a diffusers or transformers network, with the adapter carried along.
 
     Raises UserError when the network offers none.
