@@ -156,7 +156,7 @@ def resolve(raw: Mapping[str, Any]) -> Recipe:
         raise UserError(f"the recipe names no method: write `method: NAME`; {nearest('', METHODS.names())}")
     cls: type[Method] = METHODS.get(str(raw["method"]))
     method = cls(parse(cls.Config, raw.get("config") or {}, "config"))
-    roles = {role.name for role in method.roles()}
+    roles = {role.key for role in method.roles()}
     keys = {field.alias or name for name, field in Recipe.model_fields.items()} - {"roles"}
     unknown = [key for key in raw if key not in keys | roles]
     if unknown:
@@ -164,7 +164,8 @@ def resolve(raw: Mapping[str, Any]) -> Recipe:
     specs = {name: parse(RoleSpec, _role(raw[name]), name) for name in roles if name in raw}
     rest = {key: value for key, value in raw.items() if key not in roles}
     recipe = parse(Recipe, {**rest, "roles": {}}, "recipe")
-    recipe = recipe.model_copy(update={"roles": {r.name: specs[r.name] for r in method.roles() if r.name in specs}})
+    ordered = dict.fromkeys(role.key for role in method.roles())
+    recipe = recipe.model_copy(update={"roles": {key: specs[key] for key in ordered if key in specs}})
     _check_stages(recipe, method)
     return recipe
 

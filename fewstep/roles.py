@@ -85,6 +85,12 @@ class Role:
     build: Callable[[Mapping[str, Handle]], nn.Module] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     train_mode: bool = False  # dropout and BatchNorm live; score networks stay in eval mode
+    like: str | None = None  # the recipe's key that speaks for this role, when several roles are tuned alike
+
+    @property
+    def key(self) -> str:
+        """The recipe's key for this role."""
+        return self.like or self.name
 
 
 class Handle:
@@ -245,13 +251,13 @@ def assemble(
         if not ready:
             raise UserError(f"roles start from each other in a circle: {', '.join(r.name for r in waiting)}")
         for role in ready:
-            handles[role.name] = _handle(role, merge_spec(role, specs.get(role.name)), handles, seed, device)
+            handles[role.name] = _handle(role, merge_spec(role, specs.get(role.key)), handles, seed, device)
             waiting.remove(role)
     return {role.name: handles[role.name] for role in roles}
 
 
 def _source(role: Role, specs: Mapping[str, RoleSpec]) -> str | None:
-    spec = specs.get(role.name)
+    spec = specs.get(role.key)
     return (spec.source if spec is not None and spec.source else None) or role.defaults.get("from") or role.init
 
 

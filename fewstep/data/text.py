@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .batch import Cond
 from .source import Source, SourceConfig, digest
-from .tokenizer import TrainedTokenizer, Words, corpus_file, tokenizer_of
+from .tokenizer import TrainedTokenizer, Words, corpus_file, read_text, tokenizer_of
 
 if TYPE_CHECKING:
     from ..draws import Draw
@@ -29,7 +29,6 @@ class TextConfig(SourceConfig):
     tokenizer: str | TrainedTokenizer
     length: int = Field(default=128, gt=2, description="tokens of a row, with the two special ones")
     skip: int = Field(default=0, ge=0, description="lines at the head of the file that are no samples")
-    limit: int | None = Field(default=None, gt=0, description="use the first so many lines")
 
 
 class Text(Source):
@@ -127,14 +126,10 @@ class TextLabels(Text):
 
 
 def _lines(config: TextConfig) -> list[str]:
-    file = corpus_file(config.path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"'{file}' is not UTF-8: convert it") from None
-    lines = [line for line in text.split("\n")[config.skip :] if line.strip()][: config.limit]
+    text = read_text(corpus_file(config.path))
+    lines = [line for line in text.split("\n")[config.skip :] if line.strip()]
     if not lines:
-        raise UserError(f"'{file}' holds no text after {config.skip} skipped lines")
+        raise UserError(f"'{config.path}' holds no text after {config.skip} skipped lines")
     return lines
 
 

@@ -10,6 +10,7 @@ Text becomes [CLS] pieces [SEP] and padding.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..resources import asset
 from .source import digest
+from .wordpiece import learn_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,11 +40,11 @@ FILE = "tokenizer.json"
 
 
 class TrainedTokenizer(BaseModel):
-    """`{corpus: wordnet/general.txt, vocab_size: 4000}`: lower-cased WordPiece (Schuster and Nakajima 2012)."""
+    """`{corpus: wordnet/general.txt, vocab_size: 4000}`: lower-cased word pieces."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     corpus: str = Field(description="text file, or the name of a shipped one")
-    vocab_size: int = Field(default=4000, gt=5)
+    vocab_size: int = Field(default=4000, gt=len(SPECIAL))
     lowercase: bool = True
 
 
@@ -82,12 +84,13 @@ class Words:
         """Digest of vocabulary and rules."""
         return digest(self.tokenizer.to_str())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, max_length: int) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as `AutoTokenizer.from_pretrained` reads them."""
         from transformers import PreTrainedTokenizerFast
 
         names = {f"{role}_token": self.tokenizer.id_to_token(getattr(self, role)) for role in SPECIAL}
-        PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, **names).save_pretrained(folder)
+        whole = PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, model_max_length=max_length, **names)
+        whole.save_pretrained(folder)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -125,6 +128,14 @@ def corpus_file(name: str) -> Path:
     raise UserError(f"no text file '{name}': give a path, or the name of a shipped text such as wordnet/general.txt")
 
 
+def read_text(file: Path) -> str:
+    """A whole text file. UserError when it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"'{file}' is not UTF-8: convert it") from None
+
+
 def _find(tokenizer: Tokenizer, spellings: Sequence[str]) -> int | None:
     return next((i for i in map(tokenizer.token_to_id, spellings) if i is not None), None)
 
@@ -158,20 +169,22 @@ def _cache() -> Path:
 
 
 def _train(corpus: Path, spec: TrainedTokenizer) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     name = {role: spellings[0] for role, spellings in SPECIAL.items()}
-    tokenizer = Tokenizer(models.WordPiece(unk_token=name["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=spec.lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = list(name.values())
-    trainer = trainers.WordPieceTrainer(vocab_size=spec.vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train([str(corpus)], trainer)
+    normalizer = normalizers.BertNormalizer(lowercase=spec.lowercase)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    text = normalizer.normalize_str(read_text(corpus))
+    words = Counter(word for line in text.split("\n") for word, _ in splitter.pre_tokenize_str(line))
+    pieces = [*name.values(), *learn_pieces(words, spec.vocab_size - len(name))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=name["unk"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
+    tokenizer.add_special_tokens(list(name.values()))
     cls, sep = name["cls"], name["sep"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+        special_tokens=[(token, vocabulary[token]) for token in (cls, sep)],
     )
     return tokenizer

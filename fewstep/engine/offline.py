@@ -78,7 +78,7 @@ def stage_key(stage: Stage, recipe: Recipe, sources: Mapping[str, Source]) -> st
     method = recipe.build_method()
     names = (stage.data,) if isinstance(stage.data, str) else stage.data
     roles = [r for r in method.roles() if stage.uses is None or r.name in stage.uses]
-    specs = {r.name: merge_spec(r, recipe.roles.get(r.name)) for r in roles}
+    specs = {r.name: merge_spec(r, recipe.roles.get(r.key)) for r in roles}
     weights = {
         name: locate(spec.source) if spec.source and locate(spec.source).is_dir() else spec.model_dump(mode="json")
         for name, spec in specs.items()

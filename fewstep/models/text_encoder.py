@@ -29,9 +29,11 @@ from .family import Loaded
 from .folder import refuse_pickles
 
 if TYPE_CHECKING:
+    from ..data.tokenizer import Words
     from ..roles import Handle
 
 MODEL_TYPES = ("bert", "ernie")
+CARRIED = "fewstep_tokenizer"
 
 
 class TextEncoderConfig(BaseModel):
@@ -80,6 +82,7 @@ class TextEncoderFamily:
 
     def load(self, folder: Path) -> Loaded:
         """The encoder in `folder`, with its classifier when it has one; a masked-word head is left out."""
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoModelForSequenceClassification
 
         refuse_pickles(folder)
@@ -94,14 +97,16 @@ class TextEncoderFamily:
                 module = auto.from_pretrained(
                     folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, trust_remote_code=False
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"cannot load a text encoder from '{folder}': {str(error).splitlines()[0]}") from error
         return Loaded(module, self.name)
 
     def save(self, module: nn.Module, folder: Path) -> None:
-        """Writes config.json and model.safetensors, as `AutoModel.from_pretrained` reads them."""
+        """Writes config.json, model.safetensors and the tokenizer it carries, as transformers' Auto classes read them."""
         with _quiet():
             module.save_pretrained(folder)  # type: ignore[operator]
+        if hasattr(module, CARRIED):
+            getattr(module, CARRIED).save(folder, _sizes(module).max_position_embeddings)
 
     def lora_targets(self, width: str) -> Sequence[str]:
         """default: query and value; wide: all linear layers inside the blocks."""
@@ -211,6 +216,12 @@ def with_classifier(module: nn.Module, head: nn.Linear, names: Sequence[str] | N
     return whole.eval().requires_grad_(False)
 
 
+def carry_tokenizer(module: nn.Module, tokenizer: Words) -> nn.Module:
+    """The same network; `TEXT_ENCODER.save` will write the tokenizer beside it, without which its numbers mean nothing."""
+    setattr(module, CARRIED, tokenizer)
+    return module
+
+
 @contextmanager
 def _projections(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[tuple[int, str], Tensor]]:
     """Within the block, the outputs of the query and key projections of blocks `layers` (1..depth) are kept."""
@@ -244,7 +255,10 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"'{folder}' has no config.json: give a folder saved by transformers or by fewstep")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"'{file}' is no JSON: the folder is damaged, save the model anew") from None
 
 
 @contextmanager

@@ -77,15 +77,11 @@ def test_folder_is_recognised_and_gives_the_same_network(tmp_path, name, build):
     with torch.no_grad():
         next(loaded.module.parameters()).add_(0.1)
     family.save(loaded.module, tmp_path)
-    again = open_model_with_scheduler(tmp_path)
+    again = open_model(tmp_path)
     assert again.family == name and type(again.module) is type(loaded.module)
     x, label = torch.randn(4, *family.row_shape(loaded.module)), torch.zeros(4, dtype=torch.long)
     t = torch.full((4,), 300.0)
     assert torch.equal(again.module(x, t, label), loaded.module(x, t, label))
-
-
-def open_model_with_scheduler(folder):
-    return open_model(folder)
 
 
 def test_folder_with_missing_or_wrong_weights_is_refused(tmp_path):

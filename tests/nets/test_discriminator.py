@@ -32,7 +32,7 @@ def test_heads_learn_to_tell_two_sets_apart(shape):
     heads, shift = Discriminator([shape]), torch.randn(*shape)
     optimizer = torch.optim.Adam(heads.parameters(), 3e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(150):
         real, made = torch.randn(32, *shape) + shift, torch.randn(32, *shape)
         loss = discriminator_rows(heads([real]), heads([made])).mean()
         optimizer.zero_grad()

@@ -74,6 +74,7 @@ class DecoupledDMDConfig(MethodConfig):
     moments: Moments | Literal["data"] = Field(default="data", description="what meanvar aims at; data: measured")
     fake_updates: int = Field(default=5, gt=0, description="critic steps between two generator steps")
     fake_pull: float | None = Field(default=None, ge=0, le=1, description="share of itself that the fake keeps")
+    fake_per_level: bool = Field(default=False, description="a fake model for each level; levels then come in turn")
     dynamic_grid: int | None = Field(default=None, gt=0, description="draw 1..this many random levels at each step")
     levels: tuple[float, float] = Field(default=(0.02, 0.98), description="range of tau_DM and tau_CA")
     gan_features: Literal["fake_score", "teacher"] = Field(default="fake_score", description="what the heads read")
@@ -94,6 +95,8 @@ class DecoupledDMDConfig(MethodConfig):
             raise ValueError(f"steps={self.steps} must be one or more numbers of at least 1")
         if not 0 < self.levels[0] < self.levels[1] <= 1:
             raise ValueError(f"levels={self.levels} must increase within (0, 1]")
+        if self.fake_per_level and self.dynamic_grid is not None:
+            raise ValueError("fake_per_level needs fixed levels: remove dynamic_grid")
         if self.guidance_scale == 1 and self.regulariser == "none":
             raise ValueError("guidance_scale 1 with regulariser none leaves nothing to train on")
         return self
@@ -102,6 +105,11 @@ class DecoupledDMDConfig(MethodConfig):
     def sizes(self) -> tuple[int, ...]:
         """`steps` as a tuple."""
         return (self.steps,) if isinstance(self.steps, int) else self.steps
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """(steps, level) of every call on the configured grids."""
+        return [(n, level) for n in self.sizes for level in range(n)]
 
     def regularised_by(self, term: str) -> bool:
         """Whether the generator has this term besides `ca`."""
@@ -130,7 +138,9 @@ class DecoupledDMD(DiffusionMethod):
 
     def roles(self) -> tuple[Role, ...]:
         """Teacher, student and the critics that the regulariser asks for; two adapters on one base by default."""
-        named = {name: Role(name, "lora", "teacher", defaults=TRAINED) for name in ("student", "fake_score")}
+        named = {"student": Role("student", "lora", "teacher", defaults=TRAINED)}
+        for name in self.fakes:  # all are what the recipe says of fake_score
+            named[name] = Role(name, "lora", "teacher", defaults=TRAINED, like="fake_score")
         named["discriminator"] = Role("discriminator", "full", build=self._head, defaults=TRAINED)
         return (Role("teacher"), named["student"], *(named[name] for name in self.critics))
 
@@ -139,7 +149,26 @@ class DecoupledDMD(DiffusionMethod):
         """The roles that learn from what the student makes."""
         gan, eyes = self.config.regularised_by("gan"), self.config.gan_features
         fake = self.config.regularised_by("dm") or (gan and eyes == "fake_score")
-        return ("fake_score",) * fake + ("discriminator",) * gan
+        return self.fakes * fake + ("discriminator",) * gan
+
+    @property
+    def fakes(self) -> tuple[str, ...]:
+        """One fake model, or one for each distinct level: a shared one makes only the mixture over levels match."""
+        return (
+            tuple(f"fake_score_{i}" for i in range(len(self.shares))) if self.config.fake_per_level else ("fake_score",)
+        )
+
+    @property
+    def shares(self) -> list[float]:
+        """The distinct levels of all grids, as shares of the first one."""
+        return sorted({1 - level / n for n, level in self.config.turns}, reverse=True)
+
+    def fake_name(self, u: float) -> str:
+        """Which fake model follows samples made from clock value u."""
+        if not self.config.fake_per_level:
+            return "fake_score"
+        top = self.student.path.grid(1)[0]
+        return self.fakes[min(range(len(self.shares)), key=lambda i: abs(self.shares[i] * top - u))]
 
     def schedule(self) -> Schedule:
         """The longest of the trained grids."""
@@ -155,16 +184,24 @@ class DecoupledDMD(DiffusionMethod):
 
     def train_step(self, batch: Batch, draw: Draw) -> Iterator[Update | Total]:
         """The generator's step at every (fake_updates + 1)-th, else the critics' on fresh samples of it."""
-        c, grid = batch.cond, self.grid(draw)
-        level = draw.integers("level", grid.steps, per="step")
+        c, (grid, level) = batch.cond, self.place(draw)
         x, u = rollout(self.student, grid, c, draw, self.student.row_shape, until=level)
         turn = not self.critics or draw.step % (self.config.fake_updates + 1) == 0
         with torch.set_grad_enabled(turn):
             x0 = self.student.x0(x, x.new_full((len(x),), self.student.path.time(u)), c)
-        yield self.generator_update(x0, u, c, draw) if turn else self.critic_update(x0, batch, draw)
+        yield self.generator_update(x0, u, c, draw) if turn else self.critic_update(x0, u, batch, draw)
+
+    def place(self, draw: Draw) -> tuple[Schedule, int]:
+        """Grid and level of this step: drawn; or, with a fake a level, in turn: its critic steps, then the generator's."""
+        if not self.config.fake_per_level:
+            grid = self.grid(draw)
+            return grid, draw.integers("level", grid.steps, per="step")
+        turns = self.config.turns
+        steps, level = turns[(draw.step + self.config.fake_updates) // (self.config.fake_updates + 1) % len(turns)]
+        return self.schedule_for(steps), level
 
     def grid(self, draw: Draw) -> Schedule:
-        """The levels of this step: the configured grid, one drawn from several, or random levels below the first."""
+        """The configured grid, one drawn from several, or random levels below the first."""
         sizes, most = self.config.sizes, self.config.dynamic_grid
         if most is None:
             choice = draw.integers("grid", len(sizes), per="step") if len(sizes) > 1 else 0
@@ -181,19 +218,20 @@ class DecoupledDMD(DiffusionMethod):
         if self.config.regularised_by("meanvar"):
             losses["meanvar"] = mean_variance_rows(x0, self.moments.mean, self.moments.var)
         if self.config.regularised_by("gan"):
-            losses["gan"] = generator_rows(self.logits([self.noised(x0, draw.within("gan"))], [c])[0])
+            losses["gan"] = generator_rows(self.logits(u, [self.noised(x0, draw.within("gan"))], [c])[0])
         return Update("student", losses, metrics={"x0_std": x0.detach().flatten(1).std(1, correction=0), **metrics})
 
-    def critic_update(self, x0: Tensor, batch: Batch, draw: Draw) -> Update:
+    def critic_update(self, x0: Tensor, u: float, batch: Batch, draw: Draw) -> Update:
         """x0 [rows, ...] without graph: the fake model denoises it, the discriminator tells it from real samples."""
         losses: dict[str, Tensor] = {}
-        if "fake_score" in self.critics:
+        critics = tuple(name for name in self.critics if name in (self.fake_name(u), "discriminator"))
+        if self.fake_name(u) in critics:
             inner = draw.within("fake")
             t, eps = self.student.path.time(inner.uniform("u")), inner.normal("eps", *x0.shape[1:])
-            losses["denoise"] = self.fake_score.denoising_loss(x0, eps, t, batch.cond)
-        if "discriminator" in self.critics:
-            losses |= self.discrimination(x0, batch, draw)
-        return Update(self.critics, losses)
+            losses["denoise"] = getattr(self, self.fake_name(u)).denoising_loss(x0, eps, t, batch.cond)
+        if "discriminator" in critics:
+            losses |= self.discrimination(x0, u, batch, draw)
+        return Update(critics, losses)
 
     @torch.no_grad()
     def directions(self, x0: Tensor, u: float, c: Cond, draw: Draw) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -203,7 +241,7 @@ class DecoupledDMD(DiffusionMethod):
             return {}, {}
         real, directions, metrics = self.teach(points, c), {}, {}
         if "dm" in points:
-            fake = self.fake_score.x0(*points["dm"], c)
+            fake = getattr(self, self.fake_name(u)).x0(*points["dm"], c)
             directions["dm"] = real["dm"] - fake
             metrics["fake_cosine"] = 1 - cosine_rows(fake, real["dm"])
         if "ca" in points:
@@ -268,29 +306,32 @@ class DecoupledDMD(DiffusionMethod):
             return {branch: real[branch] for branch in directions}
         return dict.fromkeys(directions, real["ca"] + directions["ca"] if "ca" in directions else real["dm"])
 
-    def logits(self, points: list[Point], conds: list[Cond]) -> tuple[Tensor, ...]:
+    def logits(self, u: float, points: list[Point], conds: list[Cond]) -> tuple[Tensor, ...]:
         """The discriminator's logits [rows] at each point, from one call of the network whose features it reads."""
-        eyes: Denoiser = getattr(self, self.config.gan_features)
+        name = self.fake_name(u) if self.config.gan_features == "fake_score" else self.config.gan_features
+        eyes: Denoiser = getattr(self, name)
         x, t = torch.cat([p.x for p in points]), torch.cat([p.t for p in points])
         features = eyes.features(x, t, Cond.cat(conds), self.config.gan_layers)
         return self.discriminator(features).chunk(len(points))
 
-    def discrimination(self, x0: Tensor, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def discrimination(self, x0: Tensor, u: float, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """softplus(D(x0)) + softplus(-D(real)), each noised on its own; r1: how far D moves when real does by 0.1 n."""
         real = self.noised(batch.x0, draw.within("real"))
         points = [self.noised(x0, draw.within("made")), real]
         if "r1" in self.config.weights:
             nudge = 0.1 * draw.normal("r1", *x0.shape[1:]) * expand(1 - real.t, x0)
             points.append(Point(real.x + nudge, real.t))
-        made, seen, *moved = self.logits(points, [batch.cond] * len(points))
+        made, seen, *moved = self.logits(u, points, [batch.cond] * len(points))
         penalty = {"r1": mse_rows(seen, moved[0])} if moved else {}
         return {"discriminator": discriminator_rows(seen, made), **penalty}
 
     def on(self, event: Event) -> None:
         """After a generator step the fake model is pulled towards the student (SenseFlow, arXiv 2506.00523)."""
-        pulled = self.config.fake_pull is not None and "fake_score" in self.critics
-        if pulled and event.kind == "step_end" and "student" in event.updated:
-            self.fake_score.pull_towards(self.student, keep=self.config.fake_pull)
+        if self.config.fake_pull is None or event.kind != "step_end" or "student" not in event.updated:
+            return
+        for name in self.fakes:
+            if name in self.critics:
+                getattr(self, name).pull_towards(self.student, keep=self.config.fake_pull)
 
     @cached_property
     def moments(self) -> Moments:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +27,19 @@ from ...data.batch import Batch
 from ...draws import Draw
 from ...errors import UserError
 from ...maths.divergences import forward_kl
-from ...models.text_encoder import Reading, classes_of, depth, heads, logits, read, width, with_classifier
+from ...models.text_encoder import Reading, classes_of, depth, heads, logits, read, width
 from ...roles import Handle, Role, merged
 from ..base import Mean, Method, MethodConfig, Paper, Stage, Total, Update
-from .text_classify import check_classes, check_text, class_names, classifier, hard_rows, labelled, scores
-
-StageName = Literal["gd", "ged", "tad", "tsd"]
+from .text_classify import (
+    check_classes,
+    check_text,
+    classifier,
+    hard_rows,
+    labelled,
+    scores,
+    with_task,
+    with_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Plan:
         return ("student", "projectors", "head") if self.task else ("student", "projectors")
 
 
-PLANS: Mapping[StageName, Plan] = {
+PLANS: Mapping[str, Plan] = {
     "gd": Plan("pretrained", "general", task=False, batch=256, lr=1.0),
     "ged": Plan("finetuned", "general", task=False, batch=256, lr=0.2),
     "tad": Plan("finetuned", "task", task=False, batch=32, lr=0.1),
@@ -63,9 +70,6 @@ OPTIMIZER = {"lr": 5e-4, "weight_decay": 0.01, "decay": "linear"}
 class ErnieTinyConfig(MethodConfig):
     """Knobs of ERNIE-Tiny. `weights` has the terms attention, hidden, soft and hard."""
 
-    stages: tuple[StageName, ...] = Field(
-        default=("gd", "ged", "tad", "tsd"), min_length=1, description="stages to run"
-    )
     layer_map: tuple[int, ...] | None = Field(
         default=None, description="teacher's layer (1..N) for each student layer; default: every N/M-th"
     )
@@ -73,13 +77,6 @@ class ErnieTinyConfig(MethodConfig):
     attention_loss: Literal["mse", "kl"] = "mse"
     shared_projector: bool = Field(default=True, description="one projection for all layers, instead of one a layer")
     temperature: float = Field(default=1.0, gt=0, description="of the soft labels")
-
-    @field_validator("stages")
-    @classmethod
-    def _once(cls, stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
-        if len(set(stages)) < len(stages):
-            raise ValueError("a stage is named twice")
-        return stages
 
 
 class Projectors(nn.Module):
@@ -123,23 +120,21 @@ class ErnieTiny(Method):
     layer_map: tuple[int, ...]
 
     def roles(self) -> tuple[Role, ...]:
-        """The teachers that the chosen stages need, the student, projections (dropped at export), and a classifier."""
-        teachers = dict.fromkeys(plan.teacher for plan in self._plans().values())
+        """Two frozen teachers, the student, its projections (dropped at export), and its classifier."""
         trained: dict[str, Any] = {"tune": "full", "defaults": {"optimizer": OPTIMIZER}}
-        roles = [
-            *(Role(name) for name in teachers),
+        return (
+            Role("pretrained"),
+            Role("finetuned"),
             Role("student", train_mode=True, **trained),
             Role("projectors", build=self._projectors, **trained),
-        ]
-        if any(plan.task for plan in self._plans().values()):
-            roles.append(Role("head", build=_head, **trained))
-        return tuple(roles)
+            Role("head", build=_head, **trained),
+        )
 
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
         """As in `Method`; UserError when teachers, student and data do not fit each other."""
         super().bind(handles, sources, stores)
         teachers = [handles[name] for name in ("pretrained", "finetuned") if name in handles]
-        check_text(sources.values(), self.student, *teachers)
+        check_text(sources, self.student, *teachers)
         check_same_size(teachers)
         self.layer_map = layer_map(self.config.layer_map, depth(self.student.module), depth(teachers[0].module))
         if "head" in handles:
@@ -148,7 +143,7 @@ class ErnieTiny(Method):
             warnings.warn("student and teacher differ in attention heads: their averages are compared", stacklevel=2)
 
     def stages(self) -> Sequence[Stage]:
-        """The chosen stages, each a run of `distil`."""
+        """gd, ged, tad, tsd: each a run of `distil`. A recipe skips one with `stages: {gd: {skip: true}}`."""
         return tuple(
             Stage(
                 name,
@@ -159,7 +154,7 @@ class ErnieTiny(Method):
                 batch=plan.batch,
                 lr=plan.lr,
             )
-            for name, plan in self._plans().items()
+            for name, plan in PLANS.items()
         )
 
     def distil(self, plan: Plan, batch: Batch, draw: Draw) -> Generator[Update | Total, Mapping[str, Tensor], None]:
@@ -202,11 +197,8 @@ class ErnieTiny(Method):
         """The student with its classifier, or the bare student when no stage trains one."""
         student = merged(self.student)
         if not hasattr(self, "head"):
-            return student
-        return with_classifier(student, merged(self.head), class_names(self.sources))  # type: ignore[arg-type]
-
-    def _plans(self) -> dict[StageName, Plan]:
-        return {name: PLANS[name] for name in self.config.stages}
+            return with_tokenizer(student, self.sources)
+        return with_task(student, merged(self.head), self.sources)
 
     def _projectors(self, handles: Mapping[str, Handle]) -> nn.Module:
         student, teacher = handles["student"].module, handles.get("finetuned", handles.get("pretrained"))

@@ -15,9 +15,9 @@ from ...data.text import Text
 from ...draws import Draw
 from ...maths.losses import cross_entropy_rows
 from ...models.text_encoder import read, width, word_embeddings
-from ...roles import Handle, Role
+from ...roles import Handle, Role, merged
 from ..base import Mean, Method, MethodConfig, Paper, Total, Update
-from .text_classify import check_text
+from .text_classify import check_text, with_tokenizer
 
 PRETRAIN = {"lr": 1e-4, "weight_decay": 0.01, "decay": "linear"}
 
@@ -64,7 +64,7 @@ class MaskedLM(Method):
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
         """As in `Method`; UserError when the data does not fit the student."""
         super().bind(handles, sources, stores)
-        check_text(sources.values(), self.student)
+        check_text(sources, self.student)
 
     def train_step(self, batch: Batch, draw: Draw) -> Generator[Update | Total, Mapping[str, Tensor], None]:
         """Hides words and guesses them; the mean is over all guessed words of the step."""
@@ -75,6 +75,10 @@ class MaskedLM(Method):
         logits = self.head(hidden[guessed], word_embeddings(self.student.module))
         wrong = cross_entropy_rows(logits, batch.tokens[guessed])
         yield Update(("student", "head"), {"masked_word": Mean(wrong, n["words"])})
+
+    def exported_module(self) -> nn.Module:
+        """The encoder alone, with its tokenizer."""
+        return with_tokenizer(merged(self.student), self.sources)
 
     def hide(self, tokens: Tensor, mask: Tensor, source: Text, draw: Draw) -> tuple[Tensor, Tensor]:
         """The tokens as shown to the encoder, and which of them are to be guessed, both [rows, length]."""

@@ -5,7 +5,7 @@ Here are also the classifier, its loss and its score, which those methods share.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...data.text import NO_LABEL, Text
 from ...draws import Draw
 from ...errors import UserError
 from ...maths.losses import cross_entropy_rows
-from ...models.text_encoder import check_fits, read, width, with_classifier
+from ...models.text_encoder import carry_tokenizer, check_fits, read, width, with_classifier
 from ...roles import Handle, Role, merged
 from ..base import Mean, Method, MethodConfig, Total, Update
 
@@ -50,7 +50,7 @@ class TextClassify(Method):
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
         """As in `Method`; UserError when the data does not fit the student or the number of classes."""
         super().bind(handles, sources, stores)
-        check_text(sources.values(), self.student)
+        check_text(sources, self.student)
         check_classes(sources, self.config.classes, "set config.classes to it")
 
     def train_step(self, batch: Batch, draw: Draw) -> Generator[Update | Total, Mapping[str, Tensor], None]:
@@ -65,7 +65,7 @@ class TextClassify(Method):
 
     def exported_module(self) -> nn.Module:
         """Encoder and head as one network."""
-        return with_classifier(merged(self.student), merged(self.head), class_names(self.sources))  # type: ignore[arg-type]
+        return with_task(merged(self.student), merged(self.head), self.sources)
 
     def _head(self, handles: Mapping[str, Handle]) -> nn.Module:
         return classifier(width(handles["student"].module), self.config.classes)
@@ -102,13 +102,15 @@ def scores(logits: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
     return {"accuracy": (logits.argmax(-1) == labels)[labels != NO_LABEL].float(), "cross_entropy": rows}
 
 
-def check_text(sources: Iterable[Any], *handles: Handle) -> None:
-    """UserError when a source gives no tokens, or tokens that one of the encoders cannot read."""
-    for source in sources:
+def check_text(sources: Mapping[str, Any], *handles: Handle) -> None:
+    """UserError when a source gives no tokens, other tokens than the next, or some that an encoder cannot read."""
+    for name, source in sources.items():
         if not isinstance(source, Text):
-            raise UserError(f"{type(source).__name__} gives no tokens: use the sources text_lines or text_labels")
+            raise UserError(f"data.{name} gives no tokens: use the sources text_lines or text_labels")
         for handle in handles:
             check_fits(handle, source.words.size, source.tokens.shape[1])
+    if len({source.words.key() for source in sources.values()}) > 1:
+        raise UserError(f"data.{' and data.'.join(sources)} have different tokenizers: write the same one in all")
 
 
 def check_classes(sources: Mapping[str, Any], classes: int, mend: str) -> None:
@@ -118,6 +120,12 @@ def check_classes(sources: Mapping[str, Any], classes: int, mend: str) -> None:
             raise UserError(f"data.{name} has {source.classes} classes and the classifier {classes}: {mend}")
 
 
-def class_names(sources: Mapping[str, Any]) -> Sequence[str] | None:
-    """Names of the classes, from the first source that knows them."""
-    return next((source.names for source in sources.values() if source.names is not None), None)
+def with_task(encoder: nn.Module, head: nn.Module, sources: Mapping[str, Text]) -> nn.Module:
+    """Encoder and classifier as one network, with the classes' names and the tokenizer of the sources."""
+    names = next((source.names for source in sources.values() if source.names is not None), None)
+    return with_tokenizer(with_classifier(encoder, head, names), sources)  # type: ignore[arg-type]
+
+
+def with_tokenizer(module: nn.Module, sources: Mapping[str, Text]) -> nn.Module:
+    """The network, which will be saved with the tokenizer of the sources."""
+    return carry_tokenizer(module, next(iter(sources.values())).words)
