@@ -21,7 +21,7 @@ def assembled(sizes: dict, tune: str = "lora", **config) -> DecoupledDMD:
     """The method on a tiny UNet: adapters on one base, or three copies."""
     method = DecoupledDMD(DecoupledDMD.Config(**config))
     said = {"tune": tune, "lora": {"rank": 2, "targets": "all"}, "optimizer": {"lr": 1e-2}}
-    specs = {r.name: RoleSpec(**said) for r in method.roles() if r.tune == "lora"}
+    specs = {r.key: RoleSpec(**said) for r in method.roles() if r.tune == "lora"}
     specs["teacher"] = RoleSpec(**{"from": "unet2d", "build": sizes})
     handles = assemble(method.roles(), specs, seed=0)
     torch.manual_seed(1)

@@ -110,7 +110,7 @@ class ErnieTiny(Method):
     name = "ernie_tiny"
     kind = "language"
     paper = Paper(
-        "ERNIE-Tiny: A Progressive Distillation Framework for Pretrained Transformer Compression", "arXiv 2106.02241"
+        "ERNIE-Tiny: A Progressive Distillation Framework for Pretrained Transformer Compression", "arXiv:2106.02241"
     )
     proven = "reconstruction"
     Config = ErnieTinyConfig

@@ -48,7 +48,7 @@ class MaskedLM(Method):
 
     name = "masked_lm"
     kind = "language"
-    paper = Paper("BERT: Pre-training of Deep Bidirectional Transformers", "arXiv 1810.04805")
+    paper = Paper("BERT: Pre-training of Deep Bidirectional Transformers", "arXiv:1810.04805")
     Config = MaskedLMConfig
     student: Handle
     head: Handle
