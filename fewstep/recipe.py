@@ -44,6 +44,9 @@ class TrainSpec(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the networks' inside; maths stays in float32"
     )
+    check_export: bool = Field(
+        default=True, description="reload the exported folder in a fresh process and compare images"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
 
 

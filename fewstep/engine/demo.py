@@ -8,23 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..draws import Draw
 from ..errors import UserError
 from ..evaluation.evaluate import Reference, load_reference, score
-from ..exporting.pipeline import addresses, generate, load_pipeline
-from ..exporting.reload import reload_check
-from ..models.denoiser import Denoiser
-from ..recipe import load_recipe
+from ..exporting.pipeline import generate, load_pipeline
 from ..resources import config
 from .preview import grid
 from .progress import bar
 from .report import report
-from .trainer import Trainer
+from .trainer import train
 
 FEATURES = "digits-cnn"
 PLAN = (("teacher", (50, 8, 4, 2, 1)), ("student", (4, 2, 1)))
@@ -76,29 +70,10 @@ def demo(
 
 
 def _trained(recipe: str, folder: Path, overrides: Sequence[str], show: bool) -> Path:
-    """Trains and exports, and proves the export in a fresh process that has only diffusers."""
-    from .exporting import export_run
-
-    trainer = Trainer(load_recipe(config(recipe), overrides), folder, show=show)
-    trainer.run()
-    model = export_run(trainer)
-    assert model is not None
-    check_reload(trainer, model)
-    return model
-
-
-def check_reload(trainer: Trainer, model: Path, n: int = 20, seed: int = 0) -> float:
-    """Largest difference between the trainer's own images and those of the reloaded folder; RunFailed when they differ."""
-    method = trainer.method
-    role = getattr(method, method.exported())
-    assert isinstance(role, Denoiser)
-    samples = method.samples(n, seed)
-    assert samples is not None
-    cond = trainer.sources["train"].fetch(torch.arange(n), None)["cond"]
-    noise = addresses(Draw.for_images(seed, np.arange(n)))
-    steps = method.schedule().steps  # type: ignore[attr-defined]
-    later = [noise(i, (n, *role.row_shape)) for i in range(1, steps)]
-    return reload_check(model, samples, noise(0, (n, *role.row_shape)), cond.get("label"), later)
+    """Trains and exports; the export is proved in a fresh process that has only diffusers."""
+    run = train(config(recipe), folder, overrides, show=show)
+    assert run.model is not None
+    return run.model
 
 
 def _rows(models: dict[str, Path], reference: Reference, show: bool) -> list[dict[str, Any]]:

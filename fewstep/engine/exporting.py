@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..data.registry import make_source
+from ..draws import Draw
 from ..errors import UserError
 from ..exporting.folder import export as write_folder
 from ..exporting.network import class_count
+from ..exporting.pipeline import addresses
+from ..exporting.reload import reload_check
 from ..exporting.targets import target_for, training_path
 from ..methods.base import DiffusionMethod, Method
+from ..models.folder import card
 from ..models.registry import FAMILIES
 from ..recipe import Recipe, load_recipe
 from ..roles import Handle, assemble
@@ -42,7 +48,10 @@ def export_run(trainer: Trainer) -> Path | None:
     """Writes `model/` of a run that just ended; None on other processes, or when the method exports nothing."""
     if distributed.rank() != 0 or trainer.method.exported() not in trainer.handles:
         return None
-    return _write(trainer.method, trainer.handles, trainer.recipe, trainer.folder / "model", trainer.total)
+    model = _write(trainer.method, trainer.handles, trainer.recipe, trainer.folder / "model", trainer.total)
+    if trainer.recipe.train.check_export:
+        check_export(trainer.method, model)
+    return model
 
 
 def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
@@ -67,7 +76,24 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     method.bind(handles, {name: make_source(config) for name, config in recipe.data.items()}, {})
     meet_export(method, handles)
     restore_roles(handles, saved)
-    return _write(method, handles, recipe, target, place(saved).total)
+    model = _write(method, handles, recipe, target, place(saved).total)
+    if recipe.train.check_export:
+        check_export(method, model)
+    return model
+
+
+def check_export(method: Method, model: Path, rows: int = 20, seed: int = 0) -> float:
+    """Largest difference between the method's own samples and those of a fresh process that has only diffusers.
+
+    RunFailed when it is above 1e-4 or the folder does not load there. 0 for models that no pipeline samples.
+    """
+    if not isinstance(method, DiffusionMethod) or not card(model).get("pipeline"):
+        return 0.0
+    role = getattr(method, method.exported())
+    samples, cond = method.samples(rows, seed), method.preview_cond(rows)
+    noise = addresses(Draw.for_images(seed, np.arange(rows)))
+    noises = [noise(i, (rows, *role.row_shape)) for i in range(method.schedule().steps)]
+    return reload_check(model, samples, noises[0], cond.get("label"), noises[1:])
 
 
 def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:

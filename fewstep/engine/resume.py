@@ -16,6 +16,7 @@ FREE = {
     "train.log_every",
     "train.trackers",
     "train.micro_batch",
+    "train.check_export",
     "validate",
     "preview",
     "guards",

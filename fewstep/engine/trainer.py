@@ -35,6 +35,7 @@ from .offline import keep_rows, ready, run_offline
 from .optim import RoleOptimizer
 from .preview import save_grid
 from .progress import Advance, bar
+from .report import report
 from .resume import check_same_recipe
 from .sizes import cut, sizes
 from .snapshot import Place
@@ -67,6 +68,8 @@ def train(
     trainer = Trainer(load_recipe(recipe, overrides), Path(out), resume, stage, show)
     trainer.run()
     model = export_run(trainer) if stage is None else None
+    if trainer.main:
+        report(trainer.folder)
     distributed.wait()
     return Run(trainer.folder, model, trainer.total)
 

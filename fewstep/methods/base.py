@@ -25,7 +25,7 @@ from ..maths.scalars import Scalar
 from ..maths.solvers import Schedule
 
 if TYPE_CHECKING:
-    from ..data.batch import Batch
+    from ..data.batch import Batch, Cond
     from ..draws import Draw
     from ..roles import Handle, Role
     from ..store import Store
@@ -241,14 +241,17 @@ class DiffusionMethod(Method):
         """Step counts at which the student was trained to be sampled."""
         return (self.schedule().steps,)
 
-    def samples(self, rows: int, seed: int) -> Tensor | None:
+    def preview_cond(self, rows: int) -> Cond:
+        """Conditions of the first samples of the source `train`."""
+        return self.sources["train"].fetch(torch.arange(rows) % len(self.sources["train"]), None)["cond"]
+
+    def samples(self, rows: int, seed: int) -> Tensor:
         """Images of the exported role's own sampler, on the first conditions of the source `train`; image i has noise i."""
         from ..draws import Draw
         from ..maths.solvers import sample
 
         role = getattr(self, self.exported())
-        ids = torch.arange(rows) % len(self.sources["train"])
-        cond = self.sources["train"].fetch(ids, None)["cond"].to(role.device)
+        cond = self.preview_cond(rows).to(role.device)
         draw = Draw.for_images(seed, np.arange(rows), device=role.device)
         with role.averaged():
             return sample(role, self.schedule(), cond, draw, role.row_shape)

@@ -20,7 +20,7 @@ RECIPE = {
     "student": {"from": "unet2d", "build": TINY_UNET},
     "config": {"steps": 2},
     "data": {"train": {"source": "digits"}},
-    "train": {"steps": 4, "batch": 8, "save_every": 2},
+    "train": {"steps": 4, "batch": 8, "save_every": 2, "check_export": False},
     "evaluation": {"features": "digits-cnn", "reference": {"source": "digits"}},
 }
 
