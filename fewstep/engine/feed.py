@@ -25,6 +25,7 @@ class Feed:
     def __init__(self, source: Source, name: str, seed: int, batch: int, shuffle: bool = True):
         self.source, self.name, self.seed, self.batch, self.shuffle = source, name, seed, batch, shuffle
         self.epoch, self.offset = 0, 0
+        self._order: np.ndarray | None = None
         self.select(None)
 
     def select(self, selection: Selection | None) -> None:
@@ -38,7 +39,7 @@ class Feed:
             raise UserError(
                 f"data.{self.name} comes in groups of {chosen.group}: choose train.batch as a multiple of it"
             )
-        self.selection = chosen
+        self.selection, self._order = chosen, None
 
     @property
     def per_epoch(self) -> int:
@@ -48,7 +49,9 @@ class Feed:
 
     def next(self) -> np.ndarray:
         """Positions in the selection for the next global batch; ends an epoch by moving `offset` to `per_epoch`."""
-        positions = self._epoch_order()[self.offset * self.batch : (self.offset + 1) * self.batch]
+        if self._order is None:
+            self._order = self._epoch_order()
+        positions = self._order[self.offset * self.batch : (self.offset + 1) * self.batch]
         self.offset += 1
         return positions
 
@@ -59,7 +62,7 @@ class Feed:
 
     def start_epoch(self) -> None:
         """Goes to the next epoch."""
-        self.epoch, self.offset = self.epoch + 1, 0
+        self.epoch, self.offset, self._order = self.epoch + 1, 0, None
 
     def _epoch_order(self) -> np.ndarray:
         n, group = len(self.selection.ids), self.selection.group
@@ -87,7 +90,7 @@ class Feed:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
         self.epoch, self.offset, group = (int(v) for v in state["place"])
-        self.selection = Selection(state["ids"], state.get("weights"), group)
+        self.selection, self._order = Selection(state["ids"], state.get("weights"), group), None
 
 
 class Feeds(Mapping[str, Feed]):

@@ -40,12 +40,14 @@ def run_offline(trainer: Trainer, stage: Stage) -> None:
     with bar(stage.name, feed.per_epoch, show=trainer.show) as progress, torch.no_grad():
         for step in range(feed.per_epoch):
             positions = feed.next()
-            draw = Draw(seed, step, positions, device=trainer.device, scope=stage.name)
+            # step 0 throughout: positions differ, and what is stored must not depend on the batch size
+            draw = Draw(seed, 0, positions, device=trainer.device, scope=stage.name)
             rows = feed.rows(positions, draw.within(f"data.{name}")).to(trainer.device)
             advance(
-                [stage.step(rows, draw)], [(seed, stage.name, step)], NO_GRADIENTS, partial(_store, stores, rows.ids)
+                [stage.step(rows, draw)], [(seed, stage.name, step)], NO_GRADIENTS, partial(_store, trainer, rows.ids)
             )
             progress()
+    trainer.tracker.log(trainer.total, {"stage": stage.name, **trainer.window.take()})
     key = stage_key(stage, recipe, trainer.sources)
     for written in stage.writes if trainer.main else ():
         stores[written].commit(key, {"stage": stage.name, "method": recipe.method})
@@ -53,9 +55,10 @@ def run_offline(trainer: Trainer, stage: Stage) -> None:
     method.on(Event("stage_end", stage.name, feed.per_epoch))
 
 
-def _store(stores: Mapping[str, Store], ids: Tensor, barrier: Barrier) -> None:
+def _store(trainer: Trainer, ids: Tensor, barrier: Barrier) -> None:
+    trainer.window.add(barrier.metrics)
     for _, keep in barrier.keep:
-        keep_rows(stores, ids, keep)
+        keep_rows(trainer.stores, ids, keep)
 
 
 def keep_rows(
@@ -83,7 +86,7 @@ def stage_key(stage: Stage, recipe: Recipe, sources: Mapping[str, Source]) -> st
         name: locate(spec.source) if spec.source and locate(spec.source).is_dir() else spec.model_dump(mode="json")
         for name, spec in specs.items()
     }
-    config = method.config.model_dump(mode="json")
+    config = method.config.model_dump(mode="json", include=None if stage.reads is None else set(stage.reads))
     contents = [sources[name].content_key() for name in names if name in sources]
     return content_key(recipe.method, stage.name, config, contents, weights, recipe.train.seed)
 

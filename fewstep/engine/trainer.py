@@ -223,7 +223,13 @@ class Trainer:
 
     def _select(self, stage: Stage, name: str) -> None:
         feed = self.feeds[name]
-        feed.select(self.method.select(name, Event("epoch_start", stage.name, self.place.step, feed.epoch, name)))
+        event = Event("epoch_start", stage.name, self.place.step, feed.epoch, name, seed=self.recipe.train.seed)
+        feed.select(self.method.select(name, event))
+        if self.cut.micro % feed.selection.group:
+            raise UserError(
+                f"data.{name} comes in groups of {feed.selection.group}, which micro-batches of {self.cut.micro} would "
+                "split: choose train.micro_batch as a multiple of it"
+            )
 
     def _step(self, stage: Stage) -> None:
         for name, feed in self.feeds.items():

@@ -81,6 +81,7 @@ class Stage:
     group: stages of one group share nothing; the group ends when all of them have ended.
     offline: the stage trains nothing and writes stores; it is skipped when a store made from equal inputs exists.
     writes: stores whose rows this stage's `keep` fills.
+    reads: config fields an offline stage depends on, None for all: others may change without making its stores anew.
     uses: roles this stage calls, None for all. A role that no remaining stage uses is never loaded, so a run that starts
         from a ready store needs no teacher.
     batch, lr: in place of the recipe's `train.batch`, and a factor on each role's learning rate.
@@ -96,6 +97,7 @@ class Stage:
     group: str | None = None
     offline: bool = False
     writes: tuple[str, ...] = ()
+    reads: tuple[str, ...] | None = None
     uses: tuple[str, ...] | None = None
     batch: int | None = None
     lr: float = 1.0
@@ -122,7 +124,7 @@ class Event:
     kind: "stage_start" (also when a run resumes inside the stage, before its state is loaded), "epoch_start" and
         "epoch_end" (of `source`), "step_end", "stage_end".
     step: optimiser steps done in this stage; epoch: passes over the source.
-    updated: roles stepped during this step ("step_end").
+    updated: roles stepped during this step ("step_end"). seed: of the run, for `select`'s own random choices.
     """
 
     kind: Literal["stage_start", "epoch_start", "step_end", "epoch_end", "stage_end"]
@@ -131,6 +133,7 @@ class Event:
     epoch: int = 0
     source: str | None = None
     updated: tuple[str, ...] = ()
+    seed: int = 0
 
 
 class MethodConfig(BaseModel):

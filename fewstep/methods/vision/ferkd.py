@@ -27,6 +27,7 @@ from ..base import Event, MethodConfig, Paper, Selection, Stage, Total, Update
 from .base import ClassifierMethod
 
 STORE = "crops"
+READS = ("crop", "label", "half")  # config fields that decide what the label stage stores
 
 
 class FerKDConfig(MethodConfig):
@@ -130,7 +131,7 @@ class FerKD(ClassifierMethod):
 
     def stages(self) -> Sequence[Stage]:
         """Labelling without a student, training without a teacher."""
-        label = Stage("label", self.label_step, uses=("teacher",), offline=True, writes=(STORE,))
+        label = Stage("label", self.label_step, uses=("teacher",), reads=READS, offline=True, writes=(STORE,))
         train = Stage("train", self.train_step, uses=("student",), trains=("student",))
         c = self.config
         if c.single_crop_steps == 0:
@@ -187,7 +188,7 @@ class FerKD(ClassifierMethod):
         count = 1 if event.stage == "single_crop" else self.config.num_crops
         per_image, ids = self.sources["train"].per_image, []
         for images in torch.arange(len(self.confidence)).split(4096):  # bounds the memory of the keys
-            key = Draw(0, event.epoch, images, scope=event.stage).uniform("crops", per_image)
+            key = Draw(event.seed, event.epoch, images, scope=event.stage).uniform("crops", per_image)
             sure = self.confidence[images]
             column = pick(sure, ~self.calibration.regions(sure)[0], key, count)
             ids.append(images[:, None] * per_image + column)
