@@ -37,6 +37,7 @@ SPECIAL = {
     "mask": ("[MASK]", "<mask>"),
 }
 FILE = "tokenizer.json"
+LEARNED = "pieces 1"  # goes up when the same corpus would give another vocabulary
 
 
 class TrainedTokenizer(BaseModel):
@@ -154,7 +155,7 @@ def _read(path: Path) -> Tokenizer:
 
 def _trained(spec: TrainedTokenizer) -> Tokenizer:
     corpus = corpus_file(spec.corpus)
-    key = digest(corpus.read_bytes(), spec.model_dump_json(exclude={"corpus"}))
+    key = digest(LEARNED, corpus.read_bytes(), spec.model_dump_json(exclude={"corpus"}))
     file = _cache() / f"{key[:32]}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import RunFailed, UserError
+from ..exporting.atomic import sha256, written_aside
 from ..models.folder import refuse_pickles
 
 STATE = "state.json"
@@ -38,59 +37,19 @@ class Checkpoint:
 
 def save(root: Path, step: int, files: Files, state: Mapping[str, Any]) -> Path:
     """Writes `root/step-N` atomically. RunFailed when the disk is full; what was there before stays whole."""
-    target, aside = root / f"step-{step}", root / f".writing-step-{step}"
-    shutil.rmtree(aside, ignore_errors=True)
+    target = root / f"step-{step}"
     try:
-        aside.mkdir(parents=True)
-        hashes = {
-            f"{name}.safetensors": _write(aside / f"{name}.safetensors", tensors) for name, tensors in files.items()
-        }
-        _flush(aside / STATE, json.dumps({**state, "sha256": hashes}, indent=1).encode())
-        _sync_folder(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(aside, target)
-        _sync_folder(root)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunFailed(f"cannot save step {step}: {error.strerror or error}. {last_good(root)}") from error
+        with written_aside(target) as aside:
+            hashes = {f"{name}.safetensors": _write(aside / f"{name}.safetensors", t) for name, t in files.items()}
+            (aside / STATE).write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+    except RunFailed as error:
+        raise RunFailed(f"{error}. {last_good(root)}") from error
     return target
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
-    plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    try:
-        save_file(plain, file)
-    except SafetensorError as error:  # safetensors wraps the operating system's error
-        raise OSError(str(error)) from error
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
+    save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, file)
     return sha256(file)
-
-
-def _flush(file: Path, data: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
-    with file.open("rb") as handle:
-        return (
-            hashlib.file_digest(handle, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(handle.read()).hexdigest()
-        )
 
 
 def steps(root: Path) -> list[int]:

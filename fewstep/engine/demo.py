@@ -40,6 +40,8 @@ def demo(
     folder, started = Path(out), time.monotonic()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"'{folder}' is not empty: remove it, or choose another --out")
+    if json is not None:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, quiet=not show)
     console.print("[bold]1/4[/bold] a flow teacher on 1,797 real digits")
     teacher = _trained("flow_matching/digits.yaml", folder / "teacher", (), show)

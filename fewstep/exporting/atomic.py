@@ -29,6 +29,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         _swap(aside, out)
+        _sync(out.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's error
         raise RunFailed(f"cannot write '{out}': {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -62,8 +63,14 @@ def _swap(aside: Path, out: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for place in [*folder.rglob("*"), folder]:
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if place.is_file():
+            place.chmod(0o644)  # safetensors' files are closed to others
+        _sync(place)
+
+
+def _sync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from ..data.batch import Cond
+from ..errors import UserError
 from ..maths.paths import Path
 
 
@@ -122,7 +123,11 @@ class DiffusionFamily:
 
     def lora_targets(self, width: str) -> Sequence[str]:
         """Layer names by width; "all" is every Linear and Conv2d."""
-        return ["*"] if width == "all" else self.facts.lora[width]
+        if width == "all":
+            return ["*"]
+        if width not in self.facts.lora:
+            raise UserError(f"family '{self.name}' names no layers for lora.targets: {width}; write all, or a list")
+        return self.facts.lora[width]
 
     def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:
         """Keyword arguments of the network's forward. `x` is the native state, `timestep` the label [rows]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_checkpoint_with_a_pickle_is_refused(tmp_path):
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch, fails_at):
     checkpoint.save(tmp_path, 1, FILES, {})
     calls = 0
-    fsync = checkpoint.os.fsync
+    fsync = os.fsync
 
     def full(descriptor):
         nonlocal calls
@@ -59,11 +60,11 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch, 
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     try:
         checkpoint.save(tmp_path, 2, FILES, {})
     except RunFailed as error:
-        assert "cannot save step 2: No space left on device. The last good checkpoint is" in str(error)
+        assert "step-2': No space left on device. The last good checkpoint is" in str(error)
     monkeypatch.undo()
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.files["student.role"]["weight"].shape == (2, 3)

@@ -130,6 +130,7 @@ class DecoupledDMD(DiffusionMethod):
     paper = Paper(
         "Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield", "arXiv:2511.22677"
     )
+    proven = "measured"
     Config = DecoupledDMDConfig
     teacher: Denoiser
     student: Denoiser

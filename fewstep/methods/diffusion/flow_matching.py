@@ -45,6 +45,7 @@ class FlowMatching(DiffusionMethod):
 
     name = "flow_matching"
     paper = Paper("Flow Matching for Generative Modeling", "arXiv:2210.02747")
+    proven = "measured"
     Config = FlowMatchingConfig
     student: Denoiser
 
