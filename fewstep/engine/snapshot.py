@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..roles import Handle
+from . import distributed
 from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "format": FORMAT,
         "noise": NOISE,
         "stage": trainer.stages[trainer.place.stage].name,
+        "processes": distributed.world(),
         "place": asdict(trainer.place),
         "recipe": trainer.recipe.plain(),
         "best": trainer.best.state(),

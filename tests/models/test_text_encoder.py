@@ -10,7 +10,7 @@ from torch import nn
 
 from fewstep.errors import UserError
 from fewstep.models.text_encoder import TEXT_ENCODER, check_fits, classes_of, logits, read, with_classifier
-from fewstep.nets.lora import Adapter
+from fewstep.nets.lora import Adapter, checkpointed
 from fewstep.roles import Handle, Role, RoleSpec
 
 SIZES = {"vocab_size": 40, "hidden": 16, "layers": 3, "heads": 2, "intermediate": 32, "max_length": 10}
@@ -79,6 +79,23 @@ def test_scores_are_those_of_the_roles_adapter(text: tuple) -> None:
     torch.testing.assert_close(read(bare, *text, (1,)).scores[1], read(handle(module), *text, (1,)).scores[1])
 
 
+def test_gradients_through_scores_are_the_same_under_activation_checkpointing(text: tuple) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        module = encoder(dropout=0)
+        role = handle(module)
+        module.train()
+        if checkpointing:
+            checkpointed(module)
+        reading = read(role, *text, (1, 3))
+        loss = reading.hidden[2].square().sum() + sum(s.square().mean() for s in reading.scores.values())
+        loss.backward()
+        gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
 def test_classifier_logits_equal_those_of_the_whole_network(text: tuple) -> None:
     role = handle(encoder(classes=5))
     whole = role.module(input_ids=text[0], attention_mask=text[1]).logits
@@ -119,6 +136,14 @@ def test_a_masked_word_model_loads_as_its_encoder(tmp_path: Path, text: tuple) -
     whole.save_pretrained(tmp_path)
     again = TEXT_ENCODER.load(tmp_path).module.eval()
     torch.testing.assert_close(again(*text).last_hidden_state, whole.bert(*text).last_hidden_state)
+
+
+def test_a_memory_plan_reads_sizes_and_no_weights(tmp_path: Path) -> None:
+    TEXT_ENCODER.save(encoder(classes=5), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with torch.device("meta"):
+        module = TEXT_ENCODER.load(tmp_path).module
+    assert all(p.is_meta for p in module.parameters()) and module.classifier.out_features == 5
 
 
 def test_pickles_foreign_models_and_damaged_files_are_refused(tmp_path: Path) -> None:
