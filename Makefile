@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	rm -rf runs/demo
-	OMP_WAIT_POLICY=passive $(VENV)/bin/fewstep demo --out runs/demo --json runs/demo.json
+	$(VENV)/bin/fewstep demo --out runs/demo --json runs/demo.json
 
 test: install
 	$(ONE) $(PY) -m pytest -n 2 -m "not slow"
