@@ -2,8 +2,8 @@
 
     python tests/benchmarks/trainer_overhead.py [--rounds 5] [--steps 40]
 
-Both run Decoupled DMD with two adapters on one base, `fake_updates: 3`, batch 64, in turn; the median of the paired
-ratios is printed. Above 1 the trainer is slower.
+Both run Decoupled DMD with two adapters on one base, `fake_updates: 3`, batch 64, in turn and on equal levels; the median
+of the paired ratios is printed. Above 1 the trainer is slower.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.draws import Draw
 from fewstep.engine.trainer import Trainer
 from fewstep.nets.lora import use
 from fewstep.recipe import load_recipe
@@ -24,6 +25,18 @@ from fewstep.resources import config
 from fewstep.roles import Handle, assemble
 
 RECIPE = config("decoupled_dmd/digits.yaml")
+PLAIN = ["config.fake_per_level=false", "config.steps=[1,2,4]", "config.guidance_scale=1", "train.save_every=null", "preview=null"]
+SIZES = (1, 2, 4)
+
+
+def turns(steps: int) -> list[tuple[int, int]]:
+    """(grid size, level) of each barrier, as the trainer draws them: both do the same work."""
+    found = []
+    for step in range(steps):
+        draw = Draw(0, step, [0], scope="train")
+        n = SIZES[draw.integers("grid", len(SIZES), per="step")]
+        found.append((n, draw.integers("level", n, per="step")))
+    return found
 
 
 def by_hand(handles: dict[str, Handle], steps: int, batch: int = 64, fake_updates: int = 3) -> float:
@@ -39,11 +52,10 @@ def by_hand(handles: dict[str, Handle], steps: int, batch: int = 64, fake_update
         with use(who):
             return x - t[:, None, None, None] * base(x, (1000 * t).floor(), class_labels=label).sample
 
+    places = turns(steps)
     began = time.perf_counter()
-    for step in range(steps):
+    for step, (n, level) in enumerate(places):
         label = torch.randint(0, 10, (batch,))
-        n = (1, 2, 4)[int(torch.randint(0, 3, ()))]
-        level = int(torch.randint(0, n, ()))
         x, grid = torch.randn(batch, 1, 8, 8), [0.999 * (1 - i / n) for i in range(n)]
         with torch.no_grad():
             for a, b in list(itertools.pairwise(grid))[:level]:
@@ -77,7 +89,7 @@ def by_hand(handles: dict[str, Handle], steps: int, batch: int = 64, fake_update
 
 def by_trainer(folder: Path, steps: int) -> float:
     """Seconds for `steps` barriers of the trainer, logging every 20th, without checkpoints and previews."""
-    said = load_recipe(RECIPE, [f"train.steps={steps}", "train.save_every=null", "preview=null"])
+    said = load_recipe(RECIPE, [f"train.steps={steps}", *PLAIN])
     trainer = Trainer(said, folder, show=False)
     trainer.save = lambda: None  # type: ignore[method-assign]
     began = time.perf_counter()
@@ -91,7 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     asked = parser.parse_args()
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, PLAIN)
     handles = assemble(recipe.build_method().roles(), recipe.roles, seed=0)
     ratios = []
     with tempfile.TemporaryDirectory() as place:
