@@ -25,7 +25,13 @@ from fewstep.resources import config
 from fewstep.roles import Handle, assemble
 
 RECIPE = config("decoupled_dmd/digits.yaml")
-PLAIN = ["config.fake_per_level=false", "config.steps=[1,2,4]", "config.guidance_scale=1", "train.save_every=null", "preview=null"]
+PLAIN = [
+    "config.fake_per_level=false",
+    "config.steps=[1,2,4]",
+    "config.guidance_scale=1",
+    "train.save_every=null",
+    "preview=null",
+]
 SIZES = (1, 2, 4)
 
 
