@@ -247,13 +247,21 @@ def assemble(
     waiting = list(roles)
     names = {role.name for role in roles}
     while waiting:
-        ready = [r for r in waiting if (_source(r, specs) not in names or _source(r, specs) in handles)]
+        ready = [r for r in waiting if _needs(r, roles, specs) & names <= handles.keys()]
         if not ready:
             raise UserError(f"roles start from each other in a circle: {', '.join(r.name for r in waiting)}")
         for role in ready:
             handles[role.name] = _handle(role, merge_spec(role, specs.get(role.key)), handles, seed, device)
             waiting.remove(role)
     return {role.name: handles[role.name] for role in roles}
+
+
+def _needs(role: Role, roles: Sequence[Role], specs: Mapping[str, RoleSpec]) -> set[str]:
+    """Roles that must be there first: the one it starts from; for a built part, all that are declared before it."""
+    source = _source(role, specs)
+    if source is None and role.build is not None:
+        return {other.name for other in roles[: list(roles).index(role)]}
+    return {source} if source is not None else set()
 
 
 def _source(role: Role, specs: Mapping[str, RoleSpec]) -> str | None:

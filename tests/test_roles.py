@@ -96,3 +96,15 @@ def test_unlike_roles_cannot_be_pulled():
 def test_bad_sources_are_named(said, message):
     with pytest.raises(UserError, match=message):
         assemble(ROLES, {n: RoleSpec.model_validate(s) for n, s in said.items()}, seed=0)
+
+
+def test_a_built_part_waits_for_the_roles_declared_before_it():
+    seen = []
+
+    def head(handles):
+        seen.append(sorted(handles))
+        return torch.nn.Linear(2, 2)
+
+    roles = (Role("student", tune="lora", init="teacher"), Role("head", tune="full", build=head), Role("teacher"))
+    assemble(roles, specs(), seed=0)
+    assert seen == [["student", "teacher"]]

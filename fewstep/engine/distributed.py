@@ -28,14 +28,18 @@ def wait() -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds `.grad` over processes, in place, in flat buckets of one dtype. A missing gradient counts as zero."""
+    """Adds `.grad` over processes, in place, in flat buckets of one dtype.
+
+    A parameter without a gradient has none on any process, since network calls never depend on data; it stays without, as
+    in a single process, where the optimiser leaves it alone.
+    """
     if world() == 1:
         return
     bucket: list[Tensor] = []
     size = 0
     for p in parameters:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            continue
         if bucket and (size > BUCKET_BYTES or p.grad.dtype != bucket[0].dtype):
             _sum_bucket(bucket)
             bucket, size = [], 0

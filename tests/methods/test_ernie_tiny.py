@@ -26,9 +26,7 @@ LATENT = ("gd", "ged", "tad")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        language.write(folder)
+    language.write(folder)
     return folder
 
 
