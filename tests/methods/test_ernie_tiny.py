@@ -23,16 +23,7 @@ from . import language
 LATENT = ("gd", "ged", "tad")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    language.write(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # ---- the losses

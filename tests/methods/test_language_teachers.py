@@ -15,17 +15,7 @@ from fewstep.models.text_encoder import read, word_embeddings
 
 from . import language
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    language.write(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_hiding_follows_the_shares_and_leaves_special_tokens_alone(world: Path, tmp_path: Path) -> None:
