@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import UserError, nearest
 from .maths.paths import Path
 from .maths.scalars import Scalar
-from .models.family import Loaded
+from .models.family import Loaded, Surroundings
 from .models.folder import open_model
 from .models.registry import FAMILIES
 from .nets.lora import Adapter, checkpointed, use
@@ -86,6 +86,7 @@ class Role:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     train_mode: bool = False  # dropout and BatchNorm live; score networks stay in eval mode
     like: str | None = None  # the recipe's key that speaks for this role, when several roles are tuned alike
+    adds: tuple[str, ...] = ()  # inputs the network gains ("guidance"), fed so that at step 0 it equals what it was
 
     @property
     def key(self) -> str:
@@ -106,15 +107,16 @@ class Handle:
         family: str | None = None,
         path: Path | None = None,
         origin: str | None = None,
+        around: Surroundings | None = None,
     ):
         self.role, self.module, self.adapter, self.spec, self.tune = role, module, adapter, spec, tune
-        self.family, self.path, self.origin = family, path, origin
+        self.family, self.path, self.origin, self.around = family, path, origin, around
         self.autocast: torch.dtype | None = None  # set by the trainer from train.precision
         owner = adapter if adapter is not None else module
         self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
-        self.ema: dict[str, Tensor] | None = None
+        self.ema: dict[str, nn.Parameter] | None = None
         if spec.ema is not None and tune != "frozen":
-            self.ema = {name: p.detach().clone() for name, p in self.trainable().items()}
+            self.ema = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trainable().items()}
 
     @property
     def name(self) -> str:
@@ -174,19 +176,29 @@ class Handle:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the role computes with its EMA weights; without an EMA nothing changes."""
+        """Within the block the role computes with its EMA weights; without an EMA nothing changes.
+
+        Modules are pointed at the averaged tensors, nothing is copied, so a consistency target may ask for this in
+        every step. Graphs that were built outside keep the weights they were built with.
+        """
         if self.ema is None:
             yield
             return
-        parameters = self.trainable()
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        averages = {id(p): self.ema[name] for name, p in self.trainable().items()}
+        places = [
+            (held, name, p)
+            for part in (self.adapter if self.adapter is not None else self.module).modules()
+            for held in (part._parameters,)
+            for name, p in held.items()
+            if id(p) in averages  # by identity: tied weights have several places
+        ]
         try:
-            for name, p in parameters.items():
-                p.data.copy_(self.ema[name])
+            for held, name, p in places:
+                held[name] = averages[id(p)]
             yield
         finally:
-            for name, p in parameters.items():
-                p.data.copy_(kept[name])
+            for held, name, p in places:
+                held[name] = p
 
     @torch.no_grad()
     def pull_towards(self, other: Handle, keep: float) -> None:
@@ -285,25 +297,40 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
         if source is not None and source in handles:
             return _from_role(role, spec, tune, handles[source])
         loaded = _load(role, spec, source, handles)
-        module = loaded.module.to(device).requires_grad_(tune == "full").train(role.train_mode)
+        module = _upgraded(loaded.module, role, loaded.family, tune).to(device)
+        module = module.requires_grad_(tune == "full").train(role.train_mode)
         if spec.gradient_checkpointing:
             checkpointed(module)
         adapter = _adapter(module, spec, loaded.family).to(device) if tune == "lora" else None
     origin = str(FilePath(source).resolve()) if source is not None and FilePath(source).is_dir() else source
-    return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin)
+    return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin, loaded.around)
 
 
 def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
     if tune != "full":  # one copy of the weights: a view
+        _upgraded(base.module, role, base.family, tune)
         adapter = _adapter(base.module, spec, base.family).to(base.device) if tune == "lora" else None
         if spec.gradient_checkpointing:
             checkpointed(base.module)
-        return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin)
+        return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin, base.around)
     module = merged(base) if base.adapter is not None else copy.deepcopy(base.module)
+    module = _upgraded(module, role, base.family, tune)
     module.requires_grad_(True).train(role.train_mode)
     if spec.gradient_checkpointing:
         checkpointed(module)
-    return Handle(role, module, spec, tune, None, base.family, base.path, base.origin)
+    return Handle(role, module, spec, tune, None, base.family, base.path, base.origin, base.around)
+
+
+def _upgraded(module: nn.Module, role: Role, family: str | None, tune: Tune) -> nn.Module:
+    """`module` with the inputs that the role adds; an adapter holds low-rank changes only and no new layer."""
+    if not role.adds:
+        return module
+    if tune != "full":
+        raise UserError(
+            f"{role.name}.tune is {tune}, but the network gains an input ({', '.join(role.adds)}): write tune: full, or "
+            "switch the input off in `config`"
+        )
+    return FAMILIES.get(str(family)).upgrade(module, role.adds)
 
 
 def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, Handle]) -> Loaded:

@@ -50,8 +50,21 @@ def test_ema_follows_its_formula_and_is_used_within_the_block_only():
     handle.update_ema()
     torch.testing.assert_close(handle.ema[name], torch.full_like(parameter, 0.1))
     with handle.averaged():
-        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.1))
-    assert (parameter == 1).all()
+        torch.testing.assert_close(handle.adapter.get_parameter(name).detach(), torch.full_like(parameter, 0.1))
+    assert handle.adapter.get_parameter(name) is parameter and (parameter == 1).all()
+
+
+def test_a_graph_built_outside_the_block_keeps_its_own_weights():
+    """A consistency target is computed with the average between the student's forward and its backward."""
+    handle = assemble(ROLES, specs(student={"tune": "full", "ema": 0.5}), seed=0)["student"]
+    x, label = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
+    call = {"x": x, "timestep": torch.full((3,), 500.0), "label": label}
+    loss = handle(**call).square().sum()
+    with handle.averaged(), torch.no_grad():
+        handle(**call)
+    late = torch.autograd.grad(loss, list(handle.trainable().values()))
+    early = torch.autograd.grad(handle(**call).square().sum(), list(handle.trainable().values()))
+    assert all(torch.equal(a, b) for a, b in zip(late, early))
 
 
 def test_merged_uses_ema_weights_and_leaves_the_base_alone():

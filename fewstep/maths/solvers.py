@@ -49,7 +49,8 @@ class Schedule:
 
     kind: "ode" moves along the velocity; "renoise" goes to x0 and noises it to the next level.
     u: clock values at which the network is called, decreasing within (0, 1]; after the last comes the clean sample.
-    guidance: the usual scale, 1 = off. noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
+    guidance: the usual scale, 1 = off; embedded: it is an input of the network, so a sample costs no second pass.
+    origin: the grid that u was picked from has so many levels (LCM's 50), None: u is the whole grid. noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
     Raises UserError when a value is out of range or u does not decrease.
     """
 
@@ -57,6 +58,8 @@ class Schedule:
     u: tuple[float, ...]
     guidance: float = 1.0
     noise: str = "fresh"
+    embedded: bool = False
+    origin: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "u", tuple(float(level) for level in self.u))
@@ -114,12 +117,20 @@ def rollout(
         raise ValueError(f"level {until} of a schedule with {schedule.steps}")
     start = draw.normal("rollout.start", *shape)
     x = denoiser.path.start(start)
+    cond, scale = conditions(schedule, cond, x)
     for j in range(until):
         t = denoiser.path.time(levels[j])
         t_next = denoiser.path.time(levels[j + 1]) if levels[j + 1] > 0 else 0.0
-        x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), cond, schedule.guidance)
+        x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), cond, scale)
         x = step(schedule.kind, x, x0, t, t_next, _renoise(schedule, t_next, start, draw, j))
     return x, levels[until]
+
+
+def conditions(schedule: Schedule, cond: Any, x: Tensor) -> tuple[Any, float]:
+    """What the network is called with to sample `schedule`: its condition, and the scale of classifier-free guidance."""
+    if not schedule.embedded:
+        return cond, schedule.guidance
+    return cond.with_(guidance=x.new_full((len(x),), schedule.guidance)), 1.0
 
 
 def _renoise(schedule: Schedule, t_next: float, start: Tensor, draw: Draws, j: int) -> Tensor | None:

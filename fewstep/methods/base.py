@@ -257,4 +257,4 @@ class DiffusionMethod(Method):
         cond = self.preview_cond(rows).to(role.device)
         draw = Draw.for_images(seed, np.arange(rows), device=role.device)
         with role.averaged():
-            return sample(role, self.schedule(), cond, draw, role.row_shape)
+            return role.decode(sample(role, self.schedule(), cond, draw, role.row_shape))

@@ -10,6 +10,11 @@ METHODS = Registry(
     {
         "flow_matching": "fewstep.methods.diffusion.flow_matching:FlowMatching",
         "decoupled_dmd": "fewstep.methods.diffusion.decoupled_dmd:DecoupledDMD",
+        "lcm": "fewstep.methods.diffusion.lcm:LCM",
+        "consistency": "fewstep.methods.diffusion.consistency:Consistency",
+        "pcm": "fewstep.methods.diffusion.pcm:PCM",
+        "scott": "fewstep.methods.diffusion.scott:SCott",
+        "rg_lcd": "fewstep.methods.diffusion.rg_lcd:RGLCD",
         "classify": "fewstep.methods.vision.classify:Classify",
         "ferkd": "fewstep.methods.vision.ferkd:FerKD",
         "masked_lm": "fewstep.methods.language.masked_lm:MaskedLM",

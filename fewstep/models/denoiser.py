@@ -74,24 +74,37 @@ class Denoiser:
 
     def null(self, cond: Cond) -> Cond:
         """The unconditional condition with the rows of `cond`."""
-        return self.family.null(self.handle.module, cond)
+        around = self.handle.around
+        return self.family.null(self.handle.module, cond) if around is None else around.null(cond)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images in [-1, 1] of clean samples; pixel networks make images themselves. Gradients flow through."""
+        return x0 if self.handle.around is None else self.handle.around.decode(x0)
 
     def features(self, x: Tensor, t: Tensor, cond: Cond, layers: tuple[str, ...] | None = None) -> list[Tensor]:
-        """Activations of the named submodules (default: the family's deepest) while the network runs on x."""
+        """Activations of the named submodules (default: the family's deepest) at x; what lies behind the last is not run."""
         names = layers or tuple(self.family.facts.feature_layers[:1])
         kept: dict[str, Tensor] = {}
-        hooks = [self.handle.module.get_submodule(n).register_forward_hook(_keep(kept, n)) for n in names]
+        hooks = [self.handle.module.get_submodule(n).register_forward_hook(_keep(kept, n, len(names))) for n in names]
         try:
             self.output(x, t, cond)
+        except _AllSeen:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
         return [kept[name] for name in names]
 
 
-def _keep(kept: dict[str, Tensor], name: str) -> Any:
+class _AllSeen(Exception):
+    """Leaves a forward pass whose rest nobody needs."""
+
+
+def _keep(kept: dict[str, Tensor], name: str, wanted: int) -> Any:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         kept[name] = output[0] if isinstance(output, tuple) else output
+        if len(kept) == wanted:
+            raise _AllSeen
 
     return hook
 

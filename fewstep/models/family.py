@@ -25,6 +25,32 @@ class Loaded:
     module: nn.Module
     family: str
     path: Path | None = None
+    around: Surroundings | None = None
+
+
+class Surroundings(Protocol):
+    """The rest of the pipeline around a latent network: what turns pictures and prompts into what it reads, and back.
+
+    Images are [rows, 3, height, width] in [-1, 1]. Everything here is frozen.
+    """
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents as the network reads them; noise [rows, *latent] samples the VAE's posterior, None takes its mean."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents; gradients flow through. UserError when the pipeline holds no VAE."""
+
+    def prompts(self, texts: Sequence[str]) -> Cond:
+        """The condition that the stock pipeline makes of these prompts."""
+
+    def null(self, cond: Cond) -> Cond:
+        """The pipeline's own unconditional condition, with the rows of `cond`."""
+
+    def parts(self) -> Mapping[str, Any]:
+        """What is saved beside the network, by component name (`vae`, `text_encoder`, `tokenizer`, ...)."""
+
+    def key(self) -> str:
+        """Hex digest of the encoders' weights; stores of latents and embeddings are keyed by it."""
 
 
 class Family(Protocol):
@@ -128,6 +154,15 @@ class DiffusionFamily:
         if width not in self.facts.lora:
             raise UserError(f"family '{self.name}' names no layers for lora.targets: {width}; write all, or a list")
         return self.facts.lora[width]
+
+    def upgrade(self, module: nn.Module, inputs: Sequence[str]) -> nn.Module:
+        """The network with further inputs, fields of `cond` from then on; until trained it answers as before.
+
+        UserError when the class has no place for one.
+        """
+        raise UserError(
+            f"family '{self.name}' has no place for the input '{inputs[0]}': train it with one fixed guidance_scale"
+        )
 
     def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:
         """Keyword arguments of the network's forward. `x` is the native state, `timestep` the label [rows]."""
