@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.data.images import area_resize, read_idx, to_uint8
 from fewstep.data.registry import make_source
-from fewstep.evaluation.features import weights_digest
-from fewstep.nets.small_cnn import SmallCNN
+from fewstep.nets.small_cnn import SmallCNN, weights_digest
 
 HERE = Path(__file__).resolve().parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")

@@ -97,11 +97,14 @@ class StagePatch(BaseModel):
 
 
 class EvaluationSpec(BaseModel):
-    """How an exported model is scored when nobody says otherwise."""
+    """How an exported model is scored when nobody says otherwise: `{features: NAME, reference: {source: ...}, reward: NAME}`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     features: str | None = None
     reference: dict[str, Any] | None = None
+    reward: str | dict[str, Any] | None = Field(
+        default=None, description="of the metric `reward`: a name, or `{name: options}` as in config.reward"
+    )
 
 
 class Recipe(BaseModel):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -112,6 +112,7 @@ class Handle:
         self.role, self.module, self.adapter, self.spec, self.tune = role, module, adapter, spec, tune
         self.family, self.path, self.origin, self.around = family, path, origin, around
         self.autocast: torch.dtype | None = None  # set by the trainer from train.precision
+        self.forget: Callable[[], None] = lambda: None  # clears the optimiser's state, once there is one
         owner = adapter if adapter is not None else module
         self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
         self.ema: dict[str, nn.Parameter] | None = None
@@ -133,8 +134,10 @@ class Handle:
         with use(self.adapter), self._precision():
             return self.module(*args, **kwargs)
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:  # autocast knows no meta device, where a plan asks a network for its sizes
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
     def part(self, path: str) -> Callable[..., Any]:
         """A submodule under the same adapter: `teacher.part("layer4")(x)`. Gradients may flow through it."""
@@ -214,6 +217,15 @@ class Handle:
     def assign(self, other: Handle) -> None:
         """Copies the other role's trained values into this one (restart of a fake score, swap of teachers)."""
         self.pull_towards(other, keep=0.0)
+
+    @torch.no_grad()
+    def restart(self, base: Handle) -> None:
+        """Back to the weights of `base`, which this role started from, with an optimiser that remembers nothing."""
+        if self.adapter is not None:
+            self.adapter.clear()
+        else:
+            self.module.load_state_dict(base.module.state_dict())
+        self.forget()
 
     def fingerprint(self) -> str:
         """sha256 over the base weights' names, shapes and bytes; tells whether a folder still holds the same teacher."""

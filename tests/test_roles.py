@@ -57,13 +57,13 @@ def test_ema_follows_its_formula_and_is_used_within_the_block_only():
 def test_a_graph_built_outside_the_block_keeps_its_own_weights():
     """A consistency target is computed with the average between the student's forward and its backward."""
     handle = assemble(ROLES, specs(student={"tune": "full", "ema": 0.5}), seed=0)["student"]
-    x, label = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
-    call = {"x": x, "timestep": torch.full((3,), 500.0), "label": label}
-    loss = handle(**call).square().sum()
+    label = torch.zeros(3, dtype=torch.long)
+    call = {"sample": torch.randn(3, 1, 8, 8), "timestep": torch.full((3,), 500.0), "class_labels": label}
+    loss = handle(**call).sample.square().sum()
     with handle.averaged(), torch.no_grad():
         handle(**call)
     late = torch.autograd.grad(loss, list(handle.trainable().values()))
-    early = torch.autograd.grad(handle(**call).square().sum(), list(handle.trainable().values()))
+    early = torch.autograd.grad(handle(**call).sample.square().sum(), list(handle.trainable().values()))
     assert all(torch.equal(a, b) for a, b in zip(late, early))
 
 

@@ -25,7 +25,13 @@ Reference = Annotated[
         "--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'."
     ),
 ]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Images drawn at once.")]
+Reward = Annotated[
+    str | None,
+    typer.Option("--reward", metavar="NAME", help="Reward of the metric `reward`, or '{hpsv2: {from: FOLDER}}'."),
+]
+Batch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Images drawn at once; default: 256, with prompts 8.")
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep images, manifest and scores there.")]
 
 
@@ -35,10 +41,11 @@ def evaluate(
     n: Count = None,
     features: Features = None,
     reference: Reference = None,
+    reward: Reward = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
-    batch: Batch = 256,
+    batch: Batch = None,
     out: Out = None,
     json: Json = None,
 ) -> None:
@@ -46,13 +53,17 @@ def evaluate(
     from ..evaluation.evaluate import evaluate as score
 
     with only_json(json):
-        real = reference_of(reference)
-        found = score(model, metrics.split(","), n, features, real, seed, steps, guidance, batch, out)
+        real, judge = reference_of(reference), _mapping("--reward", reward, "a reward's name, or {NAME: {key: value}}")
+        found = score(model, metrics.split(","), n, features, real, seed, steps, guidance, batch, out, judge)
     answer(found, json, lambda: _show(found))
 
 
 def reference_of(text: str | None) -> str | dict[str, Any] | None:
     """A source's name as it is; `{source: ..., ...}` as a mapping. UserError for anything else."""
+    return _mapping("--reference", text, "a data source's name, or {source: NAME, key: value}")
+
+
+def _mapping(option: str, text: str | None, allowed: str) -> str | dict[str, Any] | None:
     if text is None or not text.lstrip().startswith("{"):
         return text
     import yaml
@@ -60,7 +71,7 @@ def reference_of(text: str | None) -> str | dict[str, Any] | None:
     try:
         return dict(yaml.safe_load(text))
     except (yaml.YAMLError, TypeError, ValueError):
-        raise UserError(f"--reference {text}: write a data source's name, or {{source: NAME, key: value}}") from None
+        raise UserError(f"{option} {text}: write {allowed}") from None
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ SOURCES = Registry(
     {
         "digits": "fewstep.data.images:Digits",
         "digits_on_canvas": "fewstep.data.canvas:DigitsOnCanvas",
+        "captions": "fewstep.data.captions:Captions",
         "crops": "fewstep.data.crops:Crops",
         "fashion_mnist": "fewstep.data.images:FashionMnist",
         "image_folder": "fewstep.data.image_folder:ImageFolder",

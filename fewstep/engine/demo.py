@@ -79,7 +79,7 @@ def _trained(recipe: str, folder: Path, overrides: Sequence[str], show: bool) ->
 
 
 def _rows(models: dict[str, Path], reference: Reference, show: bool) -> list[dict[str, Any]]:
-    n = len(reference.images)
+    n = reference.count
     rows = []
     with bar("score", sum(len(steps) for _, steps in PLAN), show=show) as progress:
         for who, counts in PLAN:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from ..data.encoded import dressed
 from ..data.registry import make_source
 from ..draws import Draw
 from ..errors import UserError
@@ -14,7 +18,9 @@ from ..exporting.folder import export as write_folder
 from ..exporting.network import class_count
 from ..exporting.pipeline import addresses
 from ..exporting.reload import reload_check
-from ..exporting.targets import target_for, training_path
+from ..exporting.targets import exported, target_for, trained_at, training_path
+from ..maths.paths import Path as NoisePath
+from ..maths.solvers import Schedule
 from ..methods.base import DiffusionMethod, Method
 from ..models.folder import card
 from ..models.registry import FAMILIES
@@ -38,10 +44,21 @@ def meet_export(method: Method, handles: dict[str, Handle]) -> None:
     family = FAMILIES.get(str(handle.family))
     if not family.facts.pipeline:
         return
-    schedule = method.schedule()
-    handle.path = training_path(family, handle.path, schedule.kind, schedule.steps, schedule.guidance)
-    getattr(method, method.exported()).path = handle.path
-    target_for(family, handle.path, method.schedule(), labels=class_count(handle.module) is not None)
+
+    def schedule_on(path: NoisePath) -> Schedule:
+        handle.path = getattr(method, method.exported()).path = path
+        return exported(family, method.schedule())
+
+    sort = {"labels": class_count(handle.module) is not None, "latent": handle.around is not None}
+    path = training_path(family, handle.path, schedule_on, **sort)
+    schedule = schedule_on(path)
+    target = target_for(family, path, schedule, **sort)
+    scheduler = target.scheduler_for(path, schedule)
+    for n in method.steps_offered() if schedule.origin else ():
+        if not trained_at(scheduler, target.pipeline_name, path, schedule, n):
+            raise UserError(
+                f"{n} steps would visit levels that are not among the {schedule.origin} trained: leave {n} out"
+            )
 
 
 def export_run(trainer: Trainer) -> Path | None:
@@ -73,7 +90,7 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     method = recipe.build_method()
     roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or r.tune == "frozen"]
     handles = assemble(roles, recipe.roles, recipe.train.seed)
-    method.bind(handles, {name: make_source(config) for name, config in recipe.data.items()}, {})
+    method.bind(handles, dressed({name: make_source(config) for name, config in recipe.data.items()}, handles), {})
     meet_export(method, handles)
     restore_roles(handles, saved)
     model = _write(method, handles, recipe, target, place(saved).total)
@@ -82,18 +99,33 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     return model
 
 
-def check_export(method: Method, model: Path, rows: int = 20, seed: int = 0) -> float:
+def check_export(method: Method, model: Path, rows: int | None = None, seed: int = 0) -> float:
     """Largest difference between the method's own samples and those of a fresh process that has only diffusers.
 
-    RunFailed when it is above 1e-4 or the folder does not load there. 0 for models that no pipeline samples.
+    rows: default 20, or 2 where a VAE decodes. RunFailed when the images differ or the folder does not load there. 0 for
+    models that no pipeline samples.
     """
     if not isinstance(method, DiffusionMethod) or not card(model).get("pipeline"):
         return 0.0
     role = getattr(method, method.exported())
-    samples, cond = method.samples(rows, seed), method.preview_cond(rows)
+    rows = rows or (20 if role.around is None else 2)
+    with _whole_float32(role.handle):
+        samples = method.samples(rows, seed)
+    asked = method.sources["train"].fetch(torch.arange(rows) % len(method.sources["train"]), None)
     noise = addresses(Draw.for_images(seed, np.arange(rows)))
-    noises = [noise(i, (rows, *role.row_shape)) for i in range(method.schedule().steps)]
-    return reload_check(model, samples, noises[0], cond.get("label"), noises[1:])
+    start, *later = [noise(i, (rows, *role.row_shape)) for i in range(method.schedule().steps)]
+    return reload_check(model, samples, start, asked["cond"].get("label"), later, asked.get("prompt"))
+
+
+@contextmanager
+def _whole_float32(handle: Handle) -> Iterator[None]:
+    """Without autocast and TF32: the folder is sampled in float32 on the CPU."""
+    kept, handle.autocast = handle.autocast, None
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        handle.autocast = kept
 
 
 def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:
@@ -108,6 +140,7 @@ def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path,
         steps_offered=diffusion.steps_offered() if diffusion else (),
         card=_card(method, handle, recipe, steps),
         adapter=handle.adapter,
+        around=handle.around,
     )
 
 
@@ -120,4 +153,13 @@ def _card(method: Method, handle: Handle, recipe: Recipe, steps: int) -> dict[st
         "training_steps": steps,
         "recipe": recipe.plain(),
         "evaluation": recipe.evaluation.model_dump(exclude_none=True),
+        **_guidance_range(method),
     }
+
+
+def _guidance_range(method: Method) -> dict[str, Any]:
+    """Where the guidance that the network is fed was trained."""
+    scale = getattr(method.config, "guidance_scale", None)
+    if not isinstance(method, DiffusionMethod) or not method.schedule().embedded or not isinstance(scale, tuple):
+        return {}
+    return {"guidance_range": list(scale)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.encoded import plain
 from ..data.source import Source
 from ..draws import Draw
 from ..methods.base import Event, Stage
@@ -77,7 +78,10 @@ def keep_rows(
 
 
 def stage_key(stage: Stage, recipe: Recipe, sources: Mapping[str, Source]) -> str:
-    """Hash of what an offline stage reads: the method's config, its sources' content, the weights of the roles it uses."""
+    """Hash of what an offline stage reads: the method's config, its sources' content, the weights of the roles it uses.
+
+    Asked before roles are loaded as well, so encoders count with the folder of their role and not with the source.
+    """
     method = recipe.build_method()
     names = (stage.data,) if isinstance(stage.data, str) else stage.data
     roles = [r for r in method.roles() if stage.uses is None or r.name in stage.uses]
@@ -87,7 +91,7 @@ def stage_key(stage: Stage, recipe: Recipe, sources: Mapping[str, Source]) -> st
         for name, spec in specs.items()
     }
     config = method.config.model_dump(mode="json", include=None if stage.reads is None else set(stage.reads))
-    contents = [sources[name].content_key() for name in names if name in sources]
+    contents = [plain(sources[name]).content_key() for name in names if name in sources]
     return content_key(recipe.method, stage.name, config, contents, weights, recipe.train.seed)
 
 

@@ -28,6 +28,7 @@ class RoleOptimizer:
         self.handle, self.steps, self.factor = handle, steps, factor
         self.parameters = handle.trainable()
         self.optimizer = _make(handle.spec.optimizer, list(self.parameters.values()))
+        handle.forget = self.optimizer.state.clear
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Clips, steps, averages; returns the gradient norm before clipping."""

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..data.encoded import dressed
 from ..data.registry import make_source
 from ..draws import Draw
 from ..errors import RunFailed, UserError, nearest
@@ -93,6 +94,7 @@ class Trainer:
         self.sources = {name: make_source(config) for name, config in recipe.data.items()}
         self.stores = self._stores()
         self.handles = self._handles()
+        self.sources = dressed(self.sources, self.handles)
         self.method.bind(self.handles, self.sources, self.stores)
         meet_export(self.method, self.handles)
         self.place, self.window = Place(), Window()
@@ -251,7 +253,8 @@ class Trainer:
         updated: list[str] = []
         advance(parts, seeds, self._gradients(), lambda barrier: updated.extend(self._finish(barrier, ids)))
         self.place.step, self.place.total = step + 1, self.place.total + 1
-        self.method.on(Event("step_end", stage.name, self.place.step, updated=tuple(updated)))
+        rows = sum(len(part) for part in ids) * distributed.world()
+        self.method.on(Event("step_end", stage.name, self.place.step, updated=tuple(updated), rows=rows))
 
     def _gradients(self) -> Gradients:
         weights, step = self.method.config.weights, self.place.step

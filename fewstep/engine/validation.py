@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..data.encoded import plain
 from ..data.source import Source
 from ..errors import UserError, nearest
 from ..evaluation.registry import METRICS
 from ..methods.base import Method
 from ..recipe import Recipe, ValidateSpec
 from .preview import to_uint8
+
+MOST = 10_000  # real images that samples are compared with
 
 
 @dataclass
@@ -69,6 +71,8 @@ def validate(
 
 
 def _rows(method: Method, source: Source, n: int, batch: int, device: torch.device) -> dict[str, float]:
+    if type(method).validation is Method.validation:
+        return {}  # no rows are fetched, decoded and encoded for nothing
     sums: dict[str, Tensor] = {}
     total = min(n, len(source))
     with _evaluating(method):
@@ -97,17 +101,14 @@ class _evaluating:
 
 
 def _samples(method: Method, source: Source, metrics: list[str], n: int, recipe: Recipe) -> dict[str, float]:
-    from ..evaluation.evaluate import score
+    from ..evaluation.evaluate import contents, judge_for, network_for, score
 
+    spec = recipe.evaluation
+    network, (judge, _) = network_for(metrics, spec.features), judge_for(metrics, spec.reward)
     samples = method.samples(n, recipe.train.seed)
-    if samples is None or recipe.evaluation.features is None:
-        raise UserError(
-            f"validate.metrics: {', '.join(metrics)} need a method that generates and `evaluation: {{features: NAME}}`"
-        )
-    ids = torch.as_tensor(np.arange(len(source)))
-    rows = source.fetch(ids, None)
-    labels = rows["cond"]["label"][torch.arange(n) % len(source)] if "label" in rows["cond"] else None
-    scores = score(
-        to_uint8(samples), labels, to_uint8(rows["x0"]), features=recipe.evaluation.features, metrics=metrics
-    )
-    return {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
+    if samples is None:
+        raise UserError(f"validate.metrics: {', '.join(metrics)} need a method that generates")
+    drawn_for = plain(method.sources.get("train", source))  # samples are of the first conditions of `train`
+    asked = drawn_for.fetch(torch.arange(n) % len(drawn_for), None)
+    labels, prompts = asked["cond"].get("label"), asked.get("prompt")
+    return score(to_uint8(samples), labels, lambda: contents(plain(source), MOST)[0], network, metrics, judge, prompts)

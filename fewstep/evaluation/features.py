@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,27 +81,17 @@ class ClassifierFeatures:
     rows = 512  # one forward pass; bounds memory, changes no result beyond rounding
 
     def __init__(self, name: str, file: Path):
-        from safetensors import safe_open
+        from ..nets.small_cnn import header
 
         self.name, self.file = name, file
-        if not file.is_file():
-            raise UserError(f"{name}: no file '{file}': reinstall fewstep, or run assets/make_assets.py {name}")
-        with safe_open(file, "pt") as opened:
-            self.metadata: dict[str, str] = json.loads(opened.metadata()["about"])
+        self.metadata = header(file)
         self.sha256 = self.metadata["sha256"]
 
     @cached_property
     def _network(self) -> Any:
-        from safetensors.torch import load_file
-
         from ..nets.small_cnn import SmallCNN
 
-        state = load_file(self.file)
-        if weights_digest(state) != self.sha256:
-            raise UserError(f"{self.name}: '{self.file}' does not have the weights its header names: restore the file")
-        network = SmallCNN(**{key: int(self.metadata[key]) for key in ("channels", "width", "classes")})
-        network.load_state_dict(state)
-        return network.eval()
+        return SmallCNN.read(self.file)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -124,15 +112,6 @@ class ClassifierFeatures:
             )
         # strides too decide which convolution runs, and one channel may come with those of channels-last
         return images.clone(memory_format=torch.contiguous_format).to(torch.float32) / 127.5 - 1
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes of the tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def weights_folder() -> Path:

@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..maths.spectrum import high_frequency_share
+from ..rewards.base import Asked, Reward
+from .features import FEATURES, FeatureNetwork, reference_features
 from .fid import Moments, frechet_distance
 from .prdc import distances, prdc
 
+N = TypeVar("N", str, FeatureNetwork)
 NEIGHBOURS = 5
+MEASURED_BY = {"high_frequency": "pixels", "reward": "reward"}  # all other values: by the feature network
 _BLOCK = 1024
+_ROWS = 64  # images in one pass of the spectrum or of a reward; bounds memory
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What a metric may look at.
+    """What a metric may look at: images, what was asked for, and the networks that judge them. All but `images` may be None.
 
-    generated [n, d], reference [m, d]: features. labels [n]: the classes that were asked for. logits [n, classes]: what
-    the feature network says about the generated images. Each of the last three may be None.
+    images [n, C, H, W], real [m, C, H, W]: uint8; `real` may be a function that loads them. labels [n], prompts (n texts):
+    what was asked for. network gives the features `generated` [n, d] and `reference` [m, d] (None without real images)
+    and the class scores `logits` [n, classes] of the images (None when it has none). judge: the reward. What is not a
+    field is loaded or computed when a metric first reads it.
     """
 
-    generated: Tensor
-    reference: Tensor | None = None
+    images: Tensor
+    real: Tensor | Callable[[], Tensor | None] | None = None
     labels: Tensor | None = None
-    logits: Tensor | None = None
+    prompts: Sequence[str] | None = None
+    network: FeatureNetwork | None = None
+    judge: Reward | None = None
 
-    def need(self, field: str, metric: str, mend: str) -> Tensor:
+    @cached_property
+    def reference_images(self) -> Tensor | None:
+        """The real images [m, C, H, W]. UserError when they are not of the images' shape."""
+        real = self.real() if callable(self.real) else self.real
+        if real is not None and real.shape[1:] != self.images.shape[1:]:
+            made, given = (" x ".join(str(side) for side in x.shape[1:]) for x in (self.images, real))
+            raise UserError(f"generated images are {made}, the reference's {given}: choose a reference of that size")
+        return real
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """Features of the images [n, d]."""
+        return named(self.network).features(self.images)
+
+    @cached_property
+    def reference(self) -> Tensor | None:
+        """Features of the reference images [m, d]."""
+        real = self.reference_images
+        return None if real is None else reference_features(named(self.network), real)
+
+    @cached_property
+    def logits(self) -> Tensor | None:
+        """Class scores of the images [n, classes]."""
+        return named(self.network).logits(self.images)
+
+    def need(self, field: str, metric: str, mend: str) -> Any:
         """The field's value; UserError with the mend when it is None."""
         value = getattr(self, field)
         if value is None:
             raise UserError(f"{metric} needs {field}, and there are none: {mend}")
         return value
+
+
+def named(network: N | None) -> N:
+    """A feature network, or the name of one; UserError when it is None."""
+    if network is None:
+        raise UserError(f"no feature network is named: set `features`; {nearest('', FEATURES.names())}")
+    return network
 
 
 def fid(data: EvaluationSet) -> dict[str, float]:
@@ -67,6 +112,39 @@ def diversity(data: EvaluationSet) -> dict[str, float]:
     if not spreads:
         raise UserError("diversity needs two images of some class: raise n")
     return {"diversity": sum(spreads) / len(spreads)}
+
+
+@torch.no_grad()
+def high_frequency(data: EvaluationSet) -> dict[str, float]:
+    """`high_frequency`: mean share of spectral energy above half the Nyquist radius, over that of the reference images.
+
+    1 is natural; a reward that is optimised too far drives it up, blur brings it down.
+    """
+    real = data.need("reference_images", "high_frequency", "give `reference`, e.g. {source: digits}")
+    natural = _mean(high_frequency_share(x) for _, x in _scaled(real))
+    if natural == 0:
+        raise UserError("high_frequency: the reference images are flat: choose a reference of real images")
+    return {"high_frequency": _mean(high_frequency_share(x) for _, x in _scaled(data.images)) / natural}
+
+
+@torch.no_grad()
+def reward(data: EvaluationSet) -> dict[str, float]:
+    """`reward`: mean reward of the images for what was asked of them."""
+    judge = data.need("judge", "reward", "name a reward, e.g. `reward: classifier`")
+    device = next((p.device for p in judge.parameters()), torch.device("cpu"))
+    asked = Asked(data.prompts, data.labels)
+    return {"reward": _mean(judge(x.to(device), asked[rows]) for rows, x in _scaled(data.images))}
+
+
+def _scaled(images: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """uint8 images in parts, as numbers in [-1, 1], with the rows that a part holds."""
+    for start in range(0, len(images), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield rows, images[rows].float() / 127.5 - 1
+
+
+def _mean(parts: Iterable[Tensor]) -> float:
+    return torch.cat(list(parts)).double().mean().item()
 
 
 def mean_pairwise_distance(x: Tensor) -> float:

@@ -15,5 +15,7 @@ METRICS = Registry(
         "prdc": "fewstep.evaluation.metrics:precision_recall",
         "accuracy": "fewstep.evaluation.metrics:accuracy",
         "diversity": "fewstep.evaluation.metrics:diversity",
+        "high_frequency": "fewstep.evaluation.metrics:high_frequency",
+        "reward": "fewstep.evaluation.metrics:reward",
     },
 )

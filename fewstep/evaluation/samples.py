@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..data.captions import TABLE, captioned
 from ..data.image_folder import decode, list_images
 from ..errors import UserError
 from .manifest import (
     MANIFEST,
     METRICS_FILE,
+    Sample,
     Score,
     read_manifest,
     samples_of,
@@ -23,10 +25,12 @@ from .manifest import (
     write_scores,
 )
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Made:
-    """uint8 images [n, C, H, W] and the labels [n] asked for, or None.
+    """uint8 images [n, C, H, W], and the labels [n] or prompts (n texts) asked for, or None.
 
     facts: how a pipeline made them (`nfe`, `ms_per_image`, `steps`, `timesteps`, `scheduler`, `guidance`); empty for
     images from elsewhere.
@@ -35,6 +39,7 @@ class Made:
     images: Tensor
     labels: Tensor | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Sequence[str] | None = None
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -44,11 +49,29 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").exists() or (folder / "fewstep.json").exists()
 
 
-def draw(folder: Path, n: int, seed: int, steps: int | None, guidance: float | None, batch: int) -> Made:
-    """n images of the pipeline in `folder`; image i is a function of (seed, i). None: the model's own steps."""
-    from ..exporting.pipeline import generate
+def draw(
+    folder: Path,
+    n: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    batch: int | None,
+    prompts: Sequence[str] | None = None,
+) -> Made:
+    """n images of the pipeline in `folder`; image i is a function of (seed, i). None: the model's own steps.
 
-    made = generate(folder, n, seed=seed, steps=steps, guidance=guidance, batch=batch)
+    prompts: what a text-to-image model draws; other models are given none.
+    """
+    from ..exporting.network import takes_prompts
+    from ..exporting.pipeline import generate, load_pipeline
+
+    pipeline = load_pipeline(folder)
+    texts = prompts if takes_prompts(pipeline) else None
+    if takes_prompts(pipeline) and not texts:
+        raise UserError(
+            f"'{folder}' draws what prompts say: give a reference with captions, or {{source: prompts, ...}}"
+        )
+    made = generate(pipeline, n, seed=seed, steps=steps, guidance=guidance, batch=batch, prompts=texts)
     timesteps = [float(t) for t in made.timesteps]
     facts = {
         "nfe": made.nfe,
@@ -58,13 +81,14 @@ def draw(folder: Path, n: int, seed: int, steps: int | None, guidance: float | N
         "scheduler": made.scheduler,
         "guidance": made.guidance,
     }
-    return Made(made.images, made.labels, facts)
+    return Made(made.images, made.labels, facts, made.prompts)
 
 
 def read_images(folder: Path, n: int | None = None) -> Made:
     """n images (None: all) of `folder`, or of `folder/images`; labels from class folders, else from manifest.jsonl.
 
-    A cut takes the first n by name, or of class folders an equal share of each.
+    Prompts come from manifest.jsonl, else from captions beside the images, as the data source `captions` reads them. A
+    cut takes the first n by name, or of class folders an equal share of each.
     """
     root = folder / "images" if (folder / "images").is_dir() else folder
     files, names = list_images(root)
@@ -72,8 +96,12 @@ def read_images(folder: Path, n: int | None = None) -> Made:
     if n > len(files):
         raise UserError(f"'{root}' has {len(files)} images, not {n}: lower n")
     files = [files[i * len(files) // n] for i in range(n)] if names else files[:n]
-    labels = torch.tensor([names.index(file.parent.name) for file in files]) if names else None
-    return Made(_stack(files), labels if names else _manifest_labels(folder / MANIFEST, n))
+    if names:
+        return Made(_stack(files), torch.tensor([names.index(file.parent.name) for file in files]))
+    asked = _manifest(folder / MANIFEST, n)
+    labels, prompts = _known([sample.label for sample in asked]), _known([sample.prompt for sample in asked])
+    numbers = torch.tensor(labels) if labels else None
+    return Made(_stack(files), numbers, prompts=prompts or _captions(root, files))
 
 
 def write_run(made: Made, scores: Sequence[Score], out: Path, seed: int) -> None:
@@ -82,7 +110,10 @@ def write_run(made: Made, scores: Sequence[Score], out: Path, seed: int) -> None
         shared = {key: made.facts[key] for key in ("nfe", "guidance", "scheduler")}
         write_images(made.images, out / "images")
         timesteps = tuple(made.facts["timesteps"])
-        write_manifest(samples_of(made.images, made.labels, seed, timesteps=timesteps, **shared), out / MANIFEST)
+        samples = samples_of(made.images, made.labels, seed, timesteps=timesteps, **shared)
+        if made.prompts is not None:
+            samples = [replace(sample, prompt=text) for sample, text in zip(samples, made.prompts)]
+        write_manifest(samples, out / MANIFEST)
     write_scores(scores, out / METRICS_FILE)
 
 
@@ -115,9 +146,19 @@ def _channels(file: Path) -> int:
         return 3  # the reader says what is wrong with it
 
 
-def _manifest_labels(file: Path, n: int) -> Tensor | None:
-    if not file.exists():
+def _manifest(file: Path, n: int) -> list[Sample]:
+    """The first n samples, or none when there are not so many."""
+    found = sorted(read_manifest(file), key=lambda s: s.index)[:n] if file.exists() else []
+    return found if len(found) == n else []
+
+
+def _known(values: Sequence[T | None]) -> list[T] | None:
+    known = [value for value in values if value is not None]
+    return known if known and len(known) == len(values) else None
+
+
+def _captions(root: Path, files: Sequence[Path]) -> list[str] | None:
+    if not (root / TABLE).is_file() and not all(file.with_suffix(".txt").is_file() for file in files):
         return None
-    labels = [sample.label for sample in sorted(read_manifest(file), key=lambda s: s.index)[:n]]
-    known = [label for label in labels if label is not None]
-    return torch.tensor(known) if len(known) == n else None
+    texts = dict(captioned(root))
+    return _known([texts.get(file) for file in files])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +24,13 @@ HASHED = ("*.safetensors", "*.py")
 
 def sampling(path: NoisePath, schedule: Schedule, steps: Sequence[int]) -> dict[str, Any]:
     """How the network must be sampled; `nfe` are network evaluations an image at the schedule's own number of steps."""
-    said = {"kind": schedule.kind, "u": list(schedule.u), "guidance": schedule.guidance, "noise": schedule.noise}
-    nfe = schedule.steps * (1 if schedule.guidance == 1 else 2)
-    return {"path": path_config(path), "schedule": said, "steps": list(steps), "nfe": nfe}
+    nfe = schedule.steps * (1 if schedule.guidance == 1 or schedule.embedded else 2)
+    return {"path": path_config(path), "schedule": asdict(schedule), "steps": list(steps), "nfe": nfe}
 
 
 def schedule_from(said: Mapping[str, Any]) -> Schedule:
     """The schedule that `sampling` wrote down."""
-    return Schedule(said["kind"], tuple(said["u"]), said["guidance"], said["noise"])
+    return Schedule(**said)
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def readme(name: str, said: Mapping[str, Any]) -> str:
     """The model card of a folder called `name` whose fewstep.json says `said`."""
     parts = [_head(said), f"# {name}\n", _origin(said)]
     if said.get("pipeline"):
-        parts += [_usage(said), _schedule(said)]
+        parts += [_usage(said), _adapter(said), _schedule(said)]
     if said.get("scores"):
         parts.append("## Scores\n\n" + _table(said["scores"]))
     return "\n".join(parts)
@@ -59,7 +59,8 @@ def _head(said: Mapping[str, Any]) -> str:
     tags = ["fewstep", "distillation", said.get("method"), said["family"]]
     head: dict[str, Any] = {"tags": [tag for tag in tags if tag]}
     if said.get("pipeline"):
-        head = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", **head}
+        task = "text-to-image" if said["prompts"] else "unconditional-image-generation"
+        head = {"library_name": "diffusers", "pipeline_tag": task, **head}
     head["license"] = said.get("licence", "other")
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
 
@@ -76,11 +77,10 @@ def _origin(said: Mapping[str, Any]) -> str:
 
 def _usage(said: Mapping[str, Any]) -> str:
     trust = ", trust_remote_code=True" if said["remote_code"] else ""
-    label = "class_labels=[0], " if said["classes"] else ""
     lines = [
         "from diffusers import DiffusionPipeline",
         f'pipe = DiffusionPipeline.from_pretrained("FOLDER"{trust})',
-        f"image = pipe({label}num_inference_steps={len(said['schedule']['u'])}).images[0]",
+        f"image = pipe({_call(said)}).images[0]",
     ]
     code = "```python\n" + "\n".join(lines) + "\n```\n"
     if not said["remote_code"]:
@@ -89,6 +89,31 @@ def _usage(said: Mapping[str, Any]) -> str:
     return (
         code
         + f"\nThis runs `{file}` of this folder: read it first. With `fewstep_pipelines` installed nothing is run.\n"
+    )
+
+
+def _call(said: Mapping[str, Any]) -> str:
+    """What the pipeline is called with."""
+    label = "class_labels=[0], " if said["classes"] else ""
+    prompt = 'prompt="a photo of a cat", ' if said["prompts"] else ""
+    # The class pipeline knows its own scale; a stock one would fall back to 7.5 or 5.
+    asked = said["prompts"] and said["guidance_scale"] in ("embedded", "cfg")
+    scale = f", guidance_scale={said['schedule']['guidance']:g}" if asked else ""
+    return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}"
+
+
+def _adapter(said: Mapping[str, Any]) -> str:
+    """How the LoRA file is used instead, where the stock pipeline reads one."""
+    if not (said.get("lora") and said["prompts"]):
+        return ""
+    steps, scale = len(said["schedule"]["u"]), said["schedule"]["guidance"]
+    return (
+        f"The same student as an adapter of its base: `{said['lora']}`.\n\n```python\n"
+        f"from diffusers import DiffusionPipeline, {said['scheduler']}\n"
+        'pipe = DiffusionPipeline.from_pretrained("BASE")\n'
+        f'pipe.scheduler = {said["scheduler"]}.from_pretrained("FOLDER", subfolder="scheduler")\n'
+        'pipe.load_lora_weights("FOLDER")\n'
+        f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={scale:g}).images[0]\n```\n'
     )
 
 
@@ -101,9 +126,22 @@ def _schedule(said: Mapping[str, Any]) -> str:
         "steps": ", ".join(map(str, said["steps"])),
         "network evaluations": said["nfe"],
         "guidance scale (1 = off)": schedule["guidance"],
+        "the pipeline's `guidance_scale`": _guidance(said),
         "path": f"`{said['path']['kind']}`",
     }
     return "## How it must be sampled\n\n" + _table([{"what": k, "value": v} for k, v in rows.items()])
+
+
+def _guidance(said: Mapping[str, Any]) -> str:
+    """What the number does to the images."""
+    low_high = said.get("guidance_range")
+    trained = f"; trained on {low_high[0]:g}..{low_high[1]:g}" if low_high else ""
+    return {
+        "embedded": f"fed to the network{trained}",
+        "baked": "baked in: guidance_scale is ignored",
+        "cfg": "classifier-free guidance, a second pass unless it is 1",
+        "none": "there is none",
+    }[said["guidance_scale"]] + "".join(f"; {value:g} is in the weights" for value in said["folded"].values())
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,12 @@ from .atomic import sha256
 from .finding import Check, Finding, Findings, Subject
 from .index import INDEX, components
 
+CONFIGS = {  # of components that are no network
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+
 
 def _pickles(model: Subject) -> Findings:
     try:
@@ -28,7 +34,7 @@ def _complete(model: Subject) -> Findings:
         yield Finding("error", str(error), "copy the whole folder again")
         return
     for name, part in parts.items():
-        config = "scheduler_config.json" if name == "scheduler" else "config.json"
+        config = next((file for kind, file in CONFIGS.items() if name.startswith(kind)), "config.json")
         if not (model.folder / name / config).exists():
             yield Finding("error", f"{name}/{config} of a {part} is missing", "copy the whole folder again")
 

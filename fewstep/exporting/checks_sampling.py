@@ -11,15 +11,18 @@ import numpy as np
 
 from ..draws import Draw
 from ..errors import UserError
+from ..maths.paths import Path
+from ..maths.solvers import Schedule
 from ..models.folder import path_from
 from ..models.registry import FAMILIES
 from .card import schedule_from
 from .finding import Check, Finding, Findings, Subject
 from .fresh import given_noise, images_of
+from .grids import Pairs, grid, same_pairs, trained_pairs
 from .index import INDEX, foreign_code
-from .network import class_count, network_of
+from .network import class_count, network_of, takes_prompts
 from .pipeline import addresses, load_pipeline
-from .targets import Pairs, grid, row_of, same_pairs, trained_pairs
+from .targets import row_of, trained_at
 
 OLDEST = (0, 36)  # of diffusers: has every class that folders name
 _RESTORE = "restore scheduler/scheduler_config.json from the export"
@@ -44,7 +47,7 @@ def _against_card(said: Mapping[str, Any], name: str, config: Mapping[str, Any])
         yield Finding("error", f"the scheduler is {name}; exported was {said['scheduler']}", _RESTORE)
         return
     try:
-        exported = row_of(said["pipeline"], name).scheduler_for(path, schedule.steps)
+        exported = row_of(said["pipeline"], name).scheduler_for(path, schedule)
         found = type(exported).from_config(config)
         theirs = grid(found, said["pipeline"], schedule.steps)
     except (ValueError, TypeError, UserError) as error:
@@ -59,6 +62,16 @@ def _against_card(said: Mapping[str, Any], name: str, config: Mapping[str, Any])
         yield Finding("error", f"{name} feeds timesteps {_labels(theirs)}; trained were {_labels(ours)}", _RESTORE)
     elif not changed:
         yield Finding("ok", f"{name} steps on the {schedule.steps} levels that were trained")
+        yield from _offered(said, found, path, schedule)
+
+
+def _offered(said: Mapping[str, Any], scheduler: Any, path: Path, schedule: Schedule) -> Findings:
+    """A student of a grid must find the levels of every number of steps it is offered for there."""
+    asked = said["steps"] if schedule.origin else []
+    off = [n for n in asked if not trained_at(scheduler, said["pipeline"], path, schedule, n)]
+    if off:
+        what = f"{off[0]} steps call the network off the {schedule.origin} levels that were trained"
+        yield Finding("warn", what, f"sample it in {schedule.steps} steps")
 
 
 def _labels(pairs: Pairs) -> str:
@@ -111,8 +124,9 @@ def _samples(model: Subject) -> Findings:
         return
     steps = min(model.said.get("steps") or [1])
     labels = [0, 0] if class_count(network_of(pipeline)) else None
+    prompts = ["a photo of a cat"] * 2 if takes_prompts(pipeline) else None
     with given_noise(pipeline, addresses(Draw.for_images(0, np.arange(2)))):
-        images = images_of(pipeline, 2, labels, steps, model.said.get("schedule", {}).get("guidance"))
+        images = images_of(pipeline, 2, labels, steps, model.said.get("schedule", {}).get("guidance"), prompts)
     if not np.isfinite(images).all():
         yield Finding("error", f"a {steps}-step sample holds NaN", "go back to an earlier checkpoint")
     elif images.std() == 0 or ((images <= 0) | (images >= 1)).mean() > 0.99:

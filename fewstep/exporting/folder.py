@@ -12,14 +12,16 @@ from torch import nn
 from ..errors import UserError
 from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
-from ..models.family import Family
+from ..models.family import Family, Surroundings
 from ..models.folder import CARD
+from ..nets.extra_inputs import folded
 from ..nets.lora import Adapter
 from .atomic import written_aside
 from .card import provenance, readme, sampling
+from .grids import OWN
 from .lora import LORA_FILE, save_lora
-from .network import class_count
-from .targets import OWN, Target, offered_steps, target_for
+from .network import class_count, takes_prompts
+from .targets import Target, exported, offered_steps, target_for
 
 README = "README.md"
 
@@ -34,22 +36,26 @@ def export(
     steps_offered: Sequence[int] = (),
     card: Mapping[str, Any],
     adapter: Adapter | None = None,
-    vae: nn.Module | None = None,
+    around: Surroundings | None = None,
 ) -> Path:
     """Writes `module` into the folder `out` and returns its path; an earlier export there is replaced in one rename.
 
     path, schedule: how it is sampled; None for networks that do not generate, which are saved as their family does.
     steps_offered: step counts worth sampling at; default: those whose levels are all in `schedule`.
     card: what else fewstep.json says: method, paper, base, evaluation, scores (rows of a table), licence, ...
-    adapter: also written as a LoRA file; `module` itself is the merged network. vae: decodes a latent network's output.
+    adapter: also written as a LoRA file; `module` itself is the merged network.
+    around: the rest of a latent network's pipeline, which is saved beside it.
     Raises UserError when `out` holds something else or no scheduler makes the schedule, RunFailed when the disk fails.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and ((out / CARD).exists() or not any(out.iterdir()))):
         raise UserError(f"'{out}' holds something that is no export of fewstep: choose another folder")
     with written_aside(out) as aside:
-        family.save(module, aside)
-        said = {"family": family.name, **card, **_pipeline(module, family, path, schedule, steps_offered, aside, vae)}
+        said = {"family": family.name, **card}
+        if path is None or schedule is None:
+            family.save(module, aside)
+        else:
+            said |= _sampled(module, family, path, schedule, steps_offered, aside, around)
         if adapter is not None:
             said["lora"] = LORA_FILE
             sampled: dict[str, Any] = {key: said[key] for key in ("schedule", "path") if key in said}
@@ -60,26 +66,33 @@ def export(
     return out
 
 
-def _pipeline(
+def _sampled(
     module: nn.Module,
     family: Any,
-    path: NoisePath | None,
-    schedule: Schedule | None,
+    path: NoisePath,
+    schedule: Schedule,
     steps: Sequence[int],
     aside: Path,
-    vae: nn.Module | None,
+    around: Surroundings | None,
 ) -> dict[str, Any]:
-    """Writes scheduler and model_index.json, and says what was written."""
-    if path is None or schedule is None:
-        return {}
-    if not family.facts.pipeline:
+    """Writes a network that generates, with the pipeline around it where there is one, and says what was written."""
+    parts = {} if around is None else dict(around.parts())
+    if not family.facts.pipeline or (around is not None and parts.get("vae") is None):
+        family.save(module, aside)
         return sampling(path, schedule, steps or [schedule.steps])
-    classes = class_count(module)
-    target = target_for(family, path, schedule, labels=classes is not None, latent=vae is not None)
-    pipeline = _assemble(target, module, family.facts.component, path, schedule, vae)
-    pipeline.scheduler.save_pretrained(aside / "scheduler")
-    if vae is not None:
-        vae.save_pretrained(aside / "vae")  # type: ignore[operator]
+    told, schedule = schedule, exported(family, schedule)
+    inside = {"guidance": told.guidance} if told.embedded and not schedule.embedded else {}
+    network = folded(module, inside) if inside else module
+    classes = class_count(network)
+    target = target_for(family, path, schedule, labels=classes is not None, latent=around is not None)
+    guidance = target.guidance(schedule)
+    network = family.sealed(network) if guidance == "baked" else network
+    family.save(network, aside)
+    parts |= {family.facts.component: network, "scheduler": target.scheduler_for(path, schedule)}
+    pipeline = target.pipeline_class()(**parts, **_defaults(target, schedule))
+    for name, part in parts.items():
+        if name != family.facts.component and hasattr(part, "save_pretrained"):
+            part.save_pretrained(aside / name)
     pipeline.save_config(aside)
     return {
         **sampling(path, schedule, steps or offered_steps(target, path, schedule)),
@@ -87,16 +100,17 @@ def _pipeline(
         "scheduler": type(pipeline.scheduler).__name__,
         "remote_code": next((file.name for file in aside.glob("*.py")), None),
         "classes": classes,
+        "prompts": takes_prompts(pipeline),
+        "guidance_scale": guidance,
+        "folded": inside,
     }
 
 
-def _assemble(
-    target: Target, module: nn.Module, component: str, path: NoisePath, schedule: Schedule, vae: nn.Module | None
-) -> Any:
-    parts: dict[str, Any] = {"scheduler": target.scheduler_for(path, schedule.steps), component: module}
-    if target.pipeline == OWN:
-        parts |= {"vae": vae, "default_steps": schedule.steps, "default_guidance_scale": schedule.guidance}
-    return target.pipeline_class()(**parts)
+def _defaults(target: Target, schedule: Schedule) -> dict[str, Any]:
+    """What the pipeline that folders carry does unless it is told otherwise."""
+    if target.pipeline != OWN:
+        return {}
+    return {"default_steps": schedule.steps, "default_guidance_scale": schedule.guidance}
 
 
 def _prefix(family: Any) -> str:

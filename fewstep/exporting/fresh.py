@@ -3,12 +3,14 @@
     python fresh.py FOLDER REQUEST.safetensors ANSWER.safetensors
 
 The script imports diffusers, torch, numpy and safetensors only, and bars the way to fewstep. REQUEST holds `noise.0`
-(start), `noise.1` ... (what the scheduler draws) and maybe `labels`; its metadata says steps, guidance, trust.
+(start), `noise.1` ... (what the scheduler draws) and maybe `labels`; its metadata says steps, guidance, trust, and
+prompts as a JSON list or null.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,10 +40,23 @@ def given_noise(pipeline: Any, noise: Callable[[int, tuple[int, ...]], Any]) -> 
             module.randn_tensor = function
 
 
-def images_of(pipeline: Any, rows: int, labels: Sequence[int] | None, steps: int | None, guidance: float | None) -> Any:
+def images_of(
+    pipeline: Any,
+    rows: int,
+    labels: Sequence[int] | None,
+    steps: int | None,
+    guidance: float | None,
+    prompts: Sequence[str] | None = None,
+) -> Any:
     """Images [rows, height, width, channels] in 0..1. What is None, or no argument of the pipeline's, is not passed."""
     takes = inspect.signature(pipeline.__call__).parameters
-    said = {"batch_size": rows, "class_labels": labels, "num_inference_steps": steps, "guidance_scale": guidance}
+    said = {
+        "batch_size": rows,
+        "class_labels": labels,
+        "prompt": prompts,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(output_type="np", **{k: v for k, v in said.items() if v is not None and k in takes}).images
 
@@ -59,13 +74,16 @@ def main(folder: str, request: str, answer: str) -> None:
         said, given = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     trust = {"trust_remote_code": True} if said["trust"] == "yes" else {}
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **trust)
+    if getattr(pipeline, "watermark", None) is not None:
+        pipeline.watermark = None  # of SDXL, where the package for it is installed: no work of the network
     labels = given["labels"].tolist() if "labels" in given else None
+    asked = (labels, int(said["steps"]), float(said["guidance"]), json.loads(said["prompts"]))
 
     def noise(i: int, shape: tuple[int, ...]) -> Any:
         return given.get(f"noise.{i}", torch.zeros(shape))  # a last step to t = 0 multiplies its noise by 0
 
     with given_noise(pipeline, noise):
-        images = images_of(pipeline, len(given["noise.0"]), labels, int(said["steps"]), float(said["guidance"]))
+        images = images_of(pipeline, len(given["noise.0"]), *asked)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
     save_file({"images": pixels}, answer, {"pipeline": type(pipeline).__name__})
 

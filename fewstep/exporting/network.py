@@ -1,7 +1,8 @@
-"""Facts about the network inside a pipeline: which one it is, and how many classes it has."""
+"""Facts about the network inside a pipeline: which one it is, and what it is conditioned on."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -23,3 +24,8 @@ def class_count(network: nn.Module) -> int | None:
         return None
     embeddings = config.get("num_class_embeds")
     return embeddings - 1 if embeddings is not None else config.get("num_embeds_ada_norm")
+
+
+def takes_prompts(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline draws images from texts."""
+    return "prompt" in inspect.signature(pipeline.__call__).parameters

@@ -21,20 +21,21 @@ from ..evaluation.nfe import count_calls
 from ..models.folder import card, refuse_pickles
 from .fresh import given_noise, images_of
 from .index import pipeline_class
-from .network import class_count, network_of
+from .network import class_count, network_of, takes_prompts
 
 
 @dataclass(frozen=True)
 class Generated:
     """What `generate` gives back.
 
-    images [n, channels, height, width] uint8, rounded as PIL output is; labels [n] int64, or None.
+    images [n, channels, height, width] uint8, rounded as PIL output is; labels [n] int64, or None; prompts [n], or None.
     nfe: network evaluations an image, counted. timesteps: labels that the scheduler had the network fed.
     guidance: the scale asked of the pipeline, None where it takes none.
     """
 
     images: Tensor
     labels: Tensor | None
+    prompts: list[str] | None
     nfe: float
     ms_per_image: float
     timesteps: tuple[float, ...]
@@ -67,27 +68,32 @@ def generate(
     labels: Sequence[int] | Tensor | None = None,
     steps: int | None = None,
     guidance: float | None = None,
-    batch: int = 256,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
+    prompts: Sequence[str] | None = None,
 ) -> Generated:
     """n images of a folder or a loaded pipeline. Image i starts from noise (seed, i), whatever `batch` is.
 
-    labels [n]: default i % classes. steps, guidance: default what the folder says. progress(done, n) after each batch.
-    Raises UserError for a broken folder, labels that do not fit, or guidance where the pipeline has none.
+    labels [n]: default i % classes. prompts: of a text-to-image model, which needs some; image i has number i modulo
+    their count. steps, guidance: default what the folder says. batch: default 256, or 8 with prompts.
+    progress(done, n) after each batch.
+    Raises UserError for a broken folder, labels or prompts that do not fit, or guidance where the pipeline has none.
     """
-    if n < 1 or batch < 1:
+    if n < 1 or (batch is not None and batch < 1):
         raise UserError(f"n and batch must be at least 1, not {n} and {batch}")
     pipeline = load_pipeline(source, trust_remote_code) if isinstance(source, str | Path) else source
     steps, guidance = _defaults(pipeline, steps, guidance)
-    chosen = _labels(pipeline, n, labels)
+    chosen, texts = _labels(pipeline, n, labels), _prompts(pipeline, n, prompts)
+    batch = batch or (256 if texts is None else 8)
     images, seconds = [], 0.0
     with count_calls(network_of(pipeline)) as calls:
         for start in range(0, n, batch):
             rows = np.arange(start, min(start + batch, n))
             part = None if chosen is None else chosen[start : start + batch].tolist()
+            said = None if texts is None else texts[start : start + batch]
             began = time.perf_counter()
-            pixels = _pixels(pipeline, Draw.for_images(seed, rows), part, steps, guidance)
+            pixels = _pixels(pipeline, Draw.for_images(seed, rows), part, steps, guidance, said)
             seconds += time.perf_counter() - began
             images.append(torch.from_numpy((pixels * 255).round().astype("uint8")).permute(0, 3, 1, 2))
             if progress is not None:
@@ -95,6 +101,7 @@ def generate(
     return Generated(
         images=torch.cat(images).contiguous(),
         labels=chosen,
+        prompts=texts,
         nfe=calls.per_image(n),
         ms_per_image=1000 * seconds / n,
         timesteps=tuple(torch.as_tensor(pipeline.scheduler.timesteps).tolist()),
@@ -113,10 +120,17 @@ def addresses(draw: Draw) -> Callable[[int, tuple[int, ...]], Tensor]:
     return lambda i, shape: draw.normal("rollout.start" if i == 0 else f"rollout.{i - 1}", *shape[1:])
 
 
-def _pixels(pipeline: Any, draw: Draw, labels: list[int] | None, steps: int | None, guidance: float | None) -> Any:
+def _pixels(
+    pipeline: Any,
+    draw: Draw,
+    labels: list[int] | None,
+    steps: int | None,
+    guidance: float | None,
+    prompts: list[str] | None,
+) -> Any:
     try:
         with given_noise(pipeline, addresses(draw)):
-            return images_of(pipeline, draw.rows, labels, steps, guidance)
+            return images_of(pipeline, draw.rows, labels, steps, guidance, prompts)
     except ValueError as error:  # a number of steps or a guidance that the scheduler or pipeline cannot do
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{type(pipeline).__name__} refuses steps={steps}, guidance={guidance}: {reason}") from error
@@ -124,8 +138,11 @@ def _pixels(pipeline: Any, draw: Draw, labels: list[int] | None, steps: int | No
 
 def _defaults(pipeline: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float | None]:
     origin = pipeline.config.get("_name_or_path")
-    said = card(Path(origin)).get("schedule", {}) if origin else {}
+    whole = card(Path(origin)) if origin else {}
+    said = whole.get("schedule", {})
     steps = steps or (len(said["u"]) if said else None)
+    if whole.get("guidance_scale") == "baked" and guidance not in (None, 1):
+        raise UserError("guidance is baked into this model, which ignores the number: leave it out")
     if "guidance_scale" in inspect.signature(pipeline.__call__).parameters:
         return steps, said.get("guidance") if guidance is None else guidance
     if guidance not in (None, 1):
@@ -143,6 +160,17 @@ def _labels(pipeline: Any, n: int, labels: Sequence[int] | Tensor | None) -> Ten
     if chosen.shape != (n,) or (n and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes):
         raise UserError(f"labels must be {n} numbers in 0..{classes - 1}")
     return chosen
+
+
+def _prompts(pipeline: Any, n: int, prompts: Sequence[str] | None) -> list[str] | None:
+    """[n], the given ones round and round; None for a model that takes none."""
+    if not takes_prompts(pipeline):
+        if prompts:
+            raise UserError("this model takes no prompts: leave --prompt out")
+        return None
+    if not prompts:
+        raise UserError('this model draws what a prompt says: give one or more, e.g. --prompt "a photo of a cat"')
+    return [prompts[i % len(prompts)] for i in range(n)]
 
 
 @contextmanager

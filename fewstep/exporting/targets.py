@@ -1,43 +1,48 @@
-"""Which pipeline and scheduler make a student's samples: a table, and the grid that each row really steps on.
+"""Which pipeline and scheduler make a student's samples: a table, and the search in it.
 
 A student must be trained on the pairs (label the network is fed, noise level the step uses) of the scheduler it is
 exported with; some schedulers feed an integer label while they step with a nearby level. So rows are chosen by what
 their scheduler object says after `set_timesteps`, called as the pipeline calls it:
 
-    path = training_path(family, path, "ode", steps=4)        # before training
-    schedule = Schedule("ode", path.grid(4))
-    target = target_for(family, path, schedule)               # at export: the first row with exactly these pairs
+    def schedule(path): return Schedule("ode", path.grid(4))       # the method's own, on any path
+
+    path = training_path(family, path, schedule)                   # before training
+    target = target_for(family, path, schedule(path))              # at export: the first row with exactly these pairs
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from ..errors import UserError
 from ..maths.clocks import shift
 from ..maths.paths import FlowPath, Path
 from ..maths.solvers import Kind, Schedule
+from .grids import OWN, grid, same_pairs, trained_pairs
 from .path_config import kind_of, vp_config
 
 if TYPE_CHECKING:
     from ..models.family import DiffusionFamily
 
-OWN = "fewstep_pipelines:FewStepClassPipeline"
-Pairs = list[tuple[float, float]]
+Guidance = Literal["embedded", "baked", "cfg", "none"]
+
+
+def _same(path: Path) -> Path:
+    return path
 
 
 @dataclass(frozen=True)
 class Target:
-    """A row. It serves families whose stock pipeline is `serves` (or "*") on `path`, sampled by `kind`.
+    """A row. It serves families whose stock pipeline is `serves` (or, "*", all without text) on `path`, sampled by `kind`.
 
     labels: True for class-conditional networks only, False for unconditional ones only, None for both.
-    pipeline: "module:Class". scheduler: class in diffusers. config(path, steps): what the scheduler is made with.
+    pipeline: "module:Class". scheduler: class in diffusers. config(path, schedule): what the scheduler is made with.
     trained(path): the path to train on so that this scheduler's pairs are met.
+    guides: the pipeline does classifier-free guidance. decodes: it turns latents into images.
+    embeds: it feeds its guidance_scale to a network that has that input, and does not guide such a network.
     """
 
     serves: str
@@ -45,26 +50,41 @@ class Target:
     kind: Kind
     pipeline: str
     scheduler: str
-    config: Callable[[Any, int], dict[str, Any]]
+    config: Callable[[Any, Schedule], dict[str, Any]]
     labels: bool | None = None
-    trained: Callable[[Any], Path] = lambda path: path
+    trained: Callable[[Any], Path] = _same
+    guides: bool = False
+    decodes: bool = False
+    embeds: bool = False
 
     @property
-    def own(self) -> bool:
-        """Whether it is the pipeline that folders carry, which alone here guides and decodes latents."""
-        return self.pipeline == OWN
+    def pipeline_name(self) -> str:
+        """The pipeline's class name."""
+        return self.pipeline.split(":")[1]
 
-    def scheduler_for(self, path: Path, steps: int) -> Any:
-        """The scheduler object, in steps that `steps` levels were trained for."""
-        return scheduler_class(self.scheduler)(**self.config(path, steps))
+    def scheduler_for(self, path: Path, schedule: Schedule) -> Any:
+        """The scheduler object, in whose steps `schedule` was trained."""
+        return scheduler_class(self.scheduler)(**self.config(path, schedule))
 
     def pipeline_class(self) -> Any:
         """The pipeline's class."""
         module, name = self.pipeline.split(":")
         return getattr(import_module(module), name)
 
+    def guidance(self, schedule: Schedule) -> Guidance:
+        """What the pipeline's guidance_scale does to a student of `schedule`.
 
-def _dpm(path: FlowPath, _steps: int) -> dict[str, Any]:
+        "embedded": it is an input of the network. "baked": nothing, since the network is saved with an input that is not
+        looked at, so that the pipeline does not guide it. "cfg": classifier-free guidance. "none": there is no such word.
+        """
+        if schedule.embedded:
+            return "embedded"
+        if self.embeds and schedule.guidance == 1:
+            return "baked"
+        return "cfg" if self.guides else "none"
+
+
+def _dpm(path: FlowPath, _schedule: Schedule) -> dict[str, Any]:
     return {
         "num_train_timesteps": path.num_train_timesteps,
         "solver_order": 1,
@@ -75,17 +95,18 @@ def _dpm(path: FlowPath, _steps: int) -> dict[str, Any]:
     }
 
 
-def _flow(path: FlowPath, _steps: int) -> dict[str, Any]:
+def _flow(path: FlowPath, _schedule: Schedule) -> dict[str, Any]:
     return {"num_train_timesteps": path.num_train_timesteps, "shift": path.shift}
 
 
-def _ddim(path: Any, _steps: int) -> dict[str, Any]:
+def _ddim(path: Any, _schedule: Schedule) -> dict[str, Any]:
     return {**vp_config(path), "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
 
 
-def _lcm(path: Any, steps: int) -> dict[str, Any]:
+def _lcm(path: Any, schedule: Schedule) -> dict[str, Any]:
     # timestep_scaling takes the boundary condition's c_skip from 2e-7 to 0, which makes the step exact.
-    return {**vp_config(path), "original_inference_steps": steps, "clip_sample": False, "timestep_scaling": 1e4}
+    levels = schedule.origin or schedule.steps
+    return {**vp_config(path), "original_inference_steps": levels, "clip_sample": False, "timestep_scaling": 1e4}
 
 
 def _integer(path: FlowPath) -> FlowPath:
@@ -100,25 +121,46 @@ def _plain(path: FlowPath) -> FlowPath:
     return FlowPath(path.shift, path.num_train_timesteps)
 
 
-_CONSISTENCY = "diffusers:ConsistencyModelPipeline"
-_DPM, _EULER, _RENOISE = "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"
+def _text(pipeline: str) -> tuple[Target, ...]:
+    """Rows of a stock text-to-image pipeline on DDPM tables."""
+
+    def row(kind: Kind, scheduler: str, config: Callable[[Any, Schedule], dict[str, Any]]) -> Target:
+        def offset(path: Any, schedule: Schedule) -> dict[str, Any]:
+            return {**config(path, schedule), "steps_offset": 1}  # unused here, but the pipeline insists on it
+
+        place = f"diffusers:{pipeline}"
+        return Target(pipeline, "vp", kind, place, scheduler, offset, guides=True, decodes=True, embeds=True)
+
+    return row("renoise", "LCMScheduler", _lcm), row("ode", "DDIMScheduler", _ddim)
+
+
+def _own(
+    path: Literal["flow", "vp"], kind: Kind, scheduler: str, config: Callable, trained: Callable = _same
+) -> Target:
+    """A row of the pipeline that folders carry."""
+    return Target("*", path, kind, OWN, scheduler, config, trained=trained, guides=True, decodes=True)
+
+
+_PIXELS, _CONSISTENCY = "ConsistencyModelPipeline", "diffusers:ConsistencyModelPipeline"
 TARGETS: tuple[Target, ...] = (
-    Target("ConsistencyModelPipeline", "flow", "ode", _CONSISTENCY, _DPM, _dpm, trained=_integer),
-    Target("ConsistencyModelPipeline", "vp", "ode", "diffusers:DDIMPipeline", "DDIMScheduler", _ddim, labels=False),
-    Target("ConsistencyModelPipeline", "vp", "ode", _CONSISTENCY, "DDIMScheduler", _ddim, labels=True),
-    Target("ConsistencyModelPipeline", "vp", "renoise", _CONSISTENCY, "LCMScheduler", _lcm),
-    Target("*", "flow", "ode", OWN, _EULER, _flow, trained=_plain),
+    Target(_PIXELS, "flow", "ode", _CONSISTENCY, "DPMSolverMultistepScheduler", _dpm, trained=_integer),
+    Target(_PIXELS, "vp", "ode", "diffusers:DDIMPipeline", "DDIMScheduler", _ddim, labels=False),
+    Target(_PIXELS, "vp", "ode", _CONSISTENCY, "DDIMScheduler", _ddim, labels=True),
+    Target(_PIXELS, "vp", "renoise", _CONSISTENCY, "LCMScheduler", _lcm),
+    *_text("StableDiffusionPipeline"),
+    *_text("StableDiffusionXLPipeline"),
+    _own("flow", "ode", "FlowMatchEulerDiscreteScheduler", _flow, _plain),
     # FlowMatchEuler's own stochastic sampling ignores the generator in diffusers 0.36 and 0.38; this class does not.
-    Target("*", "flow", "renoise", OWN, _RENOISE, _flow, trained=_plain),
-    Target("*", "vp", "ode", OWN, "DDIMScheduler", _ddim),
-    Target("*", "vp", "renoise", OWN, "LCMScheduler", _lcm),
+    _own("flow", "renoise", "FlowMatchLCMScheduler", _flow, _plain),
+    _own("vp", "ode", "DDIMScheduler", _ddim),
+    _own("vp", "renoise", "LCMScheduler", _lcm),
 )
 
 
 def row_of(pipeline: str, scheduler: str) -> Target:
     """The first row of a pipeline and scheduler, by their class names. UserError when a folder names others."""
     for row in TARGETS:
-        if (row.pipeline.split(":")[1], row.scheduler) == (pipeline, scheduler):
+        if (row.pipeline_name, row.scheduler) == (pipeline, scheduler):
             return row
     raise UserError(f"fewstep exports no {pipeline} with a {scheduler}")
 
@@ -131,61 +173,34 @@ def scheduler_class(name: str) -> Any:
     return found
 
 
-def passes_sigmas(pipeline: str, scheduler: Any) -> bool:
-    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... and not the number N alone."""
-    return pipeline == OWN.split(":")[1] and type(scheduler).__name__.startswith("FlowMatch")
-
-
-def grid(scheduler: Any, pipeline: str, steps: int) -> Pairs:
-    """[(label fed, flow time stepped from)] of a `steps`-step run, read from the scheduler after `set_timesteps`."""
-    if passes_sigmas(pipeline, scheduler):
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-    else:
-        scheduler.set_timesteps(steps)
-    labels = scheduler.timesteps
-    if is_flow(scheduler):
-        return list(zip(labels.tolist(), scheduler.sigmas[: len(labels)].tolist()))
-    abar = scheduler.alphas_cumprod.double()[labels.long()]
-    return list(zip(labels.tolist(), torch.sigmoid((torch.log1p(-abar) - torch.log(abar)) / 2).tolist()))
-
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler object (or its config's class) steps in flow times."""
-    return type(scheduler).__name__.startswith("Flow") or bool(scheduler.config.get("use_flow_sigmas"))
-
-
-def trained_pairs(path: Path, u: Sequence[float]) -> Pairs:
-    """[(label fed, flow time)] at clock values u, as rollouts feed them."""
-    return [(path.timestep(path.time(level)), path.time(level)) for level in u]
-
-
-def same_pairs(ours: Pairs, theirs: Pairs) -> bool:
-    """Equal up to float32: labels to 1e-3 of 1000, flow times to 1e-5."""
-    close = (abs(a[0] - b[0]) < 1e-3 and abs(a[1] - b[1]) < 1e-5 for a, b in zip(ours, theirs))
-    return len(ours) == len(theirs) and all(close)
+def exported(family: DiffusionFamily, schedule: Schedule) -> Schedule:
+    """How a folder is sampled. Where no pipeline of the family feeds a guidance, the student's is in its weights for good."""
+    feeds = any(row.embeds for row in TARGETS if row.serves == family.facts.pipeline)
+    return replace(schedule, guidance=1.0, embedded=False) if schedule.embedded and not feeds else schedule
 
 
 def training_path(
-    family: DiffusionFamily, path: Path, kind: Kind, steps: int, guidance: float = 1.0, latent: bool = False
+    family: DiffusionFamily,
+    path: Path,
+    schedule: Callable[[Path], Schedule],
+    labels: bool = True,
+    latent: bool = False,
 ) -> Path:
-    """The path to train a `steps`-step student on, so that a scheduler exists which feeds it what it was trained on.
+    """The path to train a student on, so that a scheduler exists which feeds it what it was trained on.
 
-    The clock values to train at are `training_path(...).grid(steps)`. It is the teacher's own path, except that stock
-    flow schedulers with whole labels start a little below noise. Raises UserError when no row has such a grid.
+    schedule(path): the student's schedule on a path. It is the teacher's own path, except that stock flow schedulers
+    with whole labels start a little below noise. Raises UserError when no scheduler steps on the schedule's levels.
     """
-    for row in _rows(family, path, kind, labels=True, own=latent or guidance != 1):
+    for row in _rows(family, path, labels, latent):
         trained = row.trained(path)
-        if _fits(row, trained, Schedule(kind, trained.grid(steps))):
+        if _fits(row, trained, schedule(trained)):
             return trained
-    raise _no_target(path, kind, steps)
+    raise _no_target(path, schedule(path))
 
 
-def training_start(
-    family: DiffusionFamily, path: Path, kind: Kind, steps: int, guidance: float = 1.0, latent: bool = False
-) -> float:
-    """Clock value of the first level of `training_path`: 1, or .999 for whole labels and for tables of 1000."""
-    trained = training_path(family, path, kind, steps, guidance, latent)
-    return trained.grid(steps)[0]
+def training_start(family: DiffusionFamily, path: Path, schedule: Callable[[Path], Schedule], **asked: bool) -> float:
+    """Clock value of the first level on `training_path`: 1, or .999 for whole labels and for tables of 1000."""
+    return schedule(training_path(family, path, schedule, **asked)).u[0]
 
 
 def target_for(
@@ -195,36 +210,57 @@ def target_for(
 
     labels: whether the network is class-conditional. latent: whether a VAE decodes. UserError when there is no row.
     """
-    if schedule.noise == "fresh":
-        for row in _rows(family, path, schedule.kind, labels, own=latent or schedule.guidance != 1):
-            if _fits(row, path, schedule):
-                return row
-    raise _no_target(path, schedule.kind, schedule.steps)
+    for row in _rows(family, path, labels, latent):
+        if _fits(row, path, schedule):
+            return row
+    raise _no_target(path, schedule)
+
+
+def trained_levels(path: Path, schedule: Schedule) -> tuple[float, ...]:
+    """Clock values that the student was trained at: the whole grid from which `schedule` was picked."""
+    return path.grid(schedule.origin) if schedule.origin else schedule.u
 
 
 def offered_steps(target: Target, path: Path, schedule: Schedule) -> list[int]:
-    """Numbers of steps at which the exported folder calls the network at trained levels only."""
-    scheduler = target.scheduler_for(path, schedule.steps)
-    name, levels = target.pipeline.split(":")[1], trained_pairs(path, schedule.u)
-    grids = {n: grid(scheduler, name, n) for n in range(1, schedule.steps + 1)}
-    return [n for n, pairs in grids.items() if all(any(same_pairs([p], [q]) for q in levels) for p in pairs)]
+    """Numbers of steps, up to the schedule's, at which the exported folder calls the network at trained levels only."""
+    scheduler = target.scheduler_for(path, schedule)
+    counts = range(1, schedule.steps + 1)
+    return [n for n in counts if trained_at(scheduler, target.pipeline_name, path, schedule, n)]
 
 
-def _rows(family: DiffusionFamily, path: Path, kind: Kind, labels: bool, own: bool) -> Iterator[Target]:
+def trained_at(scheduler: Any, pipeline: str, path: Path, schedule: Schedule, steps: int) -> bool:
+    """Whether a `steps`-step run calls the network at trained levels only; no, where the scheduler refuses so many."""
+    levels = trained_pairs(path, trained_levels(path, schedule))
+    try:
+        visited = grid(scheduler, pipeline, steps)
+    except ValueError:
+        return False
+    return all(any(same_pairs([pair], [level]) for level in levels) for pair in visited)
+
+
+def _rows(family: DiffusionFamily, path: Path, labels: bool, latent: bool) -> Iterator[Target]:
+    """Rows whose pipeline runs networks of this family and sort."""
+    textless = family.facts.null in ("class", "none")
     for row in TARGETS:
-        serves = row.serves in ("*", family.facts.pipeline) and row.labels in (None, labels)
-        if serves and (row.path, row.kind) == (kind_of(path), kind) and row.own >= own:
+        serves = row.serves == family.facts.pipeline or (row.serves == "*" and textless)
+        if serves and row.path == kind_of(path) and row.labels in (None, labels) and row.decodes >= latent:
             yield row
 
 
 def _fits(row: Target, path: Path, schedule: Schedule) -> bool:
-    scheduler = row.scheduler_for(path, schedule.steps)
-    theirs = grid(scheduler, row.pipeline.split(":")[1], schedule.steps)
+    guided = schedule.guidance != 1 and not schedule.embedded
+    if (row.kind, "fresh") != (schedule.kind, schedule.noise) or row.guides < guided or row.embeds < schedule.embedded:
+        return False
+    try:
+        theirs = grid(row.scheduler_for(path, schedule), row.pipeline_name, schedule.steps)
+    except ValueError:  # a scheduler that refuses so many levels
+        return False
     return same_pairs(trained_pairs(path, schedule.u), theirs)
 
 
-def _no_target(path: Path, kind: str, steps: int) -> UserError:
+def _no_target(path: Path, schedule: Schedule) -> UserError:
     return UserError(
-        f"no diffusers scheduler makes these {steps} levels of a {kind_of(path)} path with '{kind}' from its config: "
-        "train on the levels that exporting.targets.training_path gives, e.g. 1, 2, 4 or 8 evenly spaced ones"
+        f"no diffusers scheduler makes these {schedule.steps} levels of a {kind_of(path)} path with '{schedule.kind}' "
+        "from its config: train on the levels that exporting.targets.training_path gives, e.g. 1, 2, 4 or 8 evenly "
+        "spaced ones, or ones picked from 50 on a table of 1000"
     )

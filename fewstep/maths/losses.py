@@ -38,6 +38,15 @@ def pseudo_huber_rows(a: Tensor, b: Tensor, c: float) -> Tensor:
     return rows_mean(square / (torch.sqrt(square + c * c) + c))
 
 
+def pseudo_huber_norm_rows(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c with |.| the norm of a whole row (improved consistency training, arXiv 2310.14189, eq. 8).
+
+    The paper's c is .00054 sqrt(elements of a row). Unlike `pseudo_huber_rows` a row's elements share one kink.
+    """
+    square = ((_wide(a) - _wide(b)) ** 2).flatten(1).sum(1)
+    return square / (torch.sqrt(square + c * c) + c)
+
+
 def cosine_rows(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a, b), each row taken as one vector."""
     return 1 - F.cosine_similarity(_wide(a).flatten(1), _wide(b).flatten(1), dim=1)
@@ -78,6 +87,7 @@ GENERATOR: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softplus": lambda fake: F.softplus(-fake),
     "hinge": lambda fake: -fake,
     "linear": lambda fake: -fake,
+    "margin": lambda fake: F.relu(1 - fake),
 }
 DISCRIMINATOR: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softplus": lambda real, fake: F.softplus(-real) + F.softplus(fake),
@@ -87,7 +97,8 @@ DISCRIMINATOR: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def generator_rows(fake: Tensor, kind: str = "softplus") -> Tensor:
-    """Adversarial loss of a generator from its logits [rows, ...]: softplus(-D(fake)), or -D(fake) (hinge, linear)."""
+    """Adversarial loss of a generator from its logits [rows, ...]: softplus(-D(fake)); -D(fake) (hinge, linear);
+    relu(1 - D(fake)) (margin, the counterpart of a hinge discriminator in PCM, arXiv 2405.18407)."""
     return rows_mean(_adversarial(GENERATOR, kind)(_wide(fake)))
 
 

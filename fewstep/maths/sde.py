@@ -8,12 +8,37 @@ alpha + sigma cancels. s, u, eta are numbers or [rows]; noise is standard normal
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
+from ..errors import UserError, nearest
 from .paths import expand
 
 Level = Tensor | float
+SdeStep = Callable[[Tensor, Tensor, Level, Level, Level, Tensor], Tensor]
+
+
+def sde_solver(name: str) -> SdeStep:
+    """A solver for one walk, `step(x, x0, s, u, eta, noise)`; `SOLVERS` has the names, another raises UserError.
+
+    One that looks back remembers its last step, so every walk asks for a solver of its own.
+    """
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver '{name}': {nearest(name, SOLVERS)}")
+    return SOLVERS[name]()
+
+
+def keeps_state(name: str, s: Level, u: Level, eta: Level) -> bool:
+    """Whether the first step of a walk depends on x: its factor of x is finite and not 0.
+
+    With alpha_s = 0 and noise it does not: `er_sde` then gives alpha_u x0 + sigma_u noise, whatever x was.
+    """
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    keep = sde_solver(name)(one, zero, s, u, eta, zero).item()
+    return math.isfinite(keep) and keep != 0
 
 
 def er_sde_step(x: Tensor, x0: Tensor, s: Level, u: Level, eta: Level, noise: Tensor) -> Tensor:
@@ -56,12 +81,13 @@ def euler_maruyama_step(x: Tensor, x0: Tensor, s: Level, u: Level, eta: Level, n
     """x + (u - s) (v + eta^2 eps / (1 - s)) + eta sqrt(2 s (s - u) / (1 - s)) noise.
 
     The plain discretisation with f = -1 / (1 - t), g^2 = 2 t / (1 - t), v = (x - x0) / s, eps = (x - (1 - s) x0) / s.
-    Its marginals are off by O(s - u); infinite at s = 1.
+    Its marginals are off by O(s - u); infinite at s = 1 unless eta = 0.
     """
-    s, u, eta = _wide(s), _wide(u), _wide(eta)
+    s, u = _wide(s), _wide(u)
+    eta = _wide(eta).to(s.device)
     width = (u - s) / s
-    std = eta * torch.sqrt(2 * s * (s - u) / (1 - s))
-    keep, clean = 1 + width * (1 + eta**2 / (1 - s)), -width * (1 + eta**2)
+    std = _times(eta, torch.sqrt(2 * s * (s - u) / (1 - s)))
+    keep, clean = 1 + width * (1 + _times(eta**2, 1 / (1 - s))), -width * (1 + eta**2)
     return expand(keep, x) * x + expand(clean, x) * x0 + expand(std, x) * noise
 
 
@@ -72,13 +98,36 @@ def sde_dpm_2_step(
 
     alpha_u (1 - e^{-(1 + eta^2) h}) / 2 * (h / h_before) (x0 - x0_before), with x0_before predicted at s_before > s.
 
-    The step to u = 0 has infinite h and stays of first order, i.e. it is x0.
+    The step to u = 0 has infinite h and stays of first order, i.e. it is x0; a step of no length leaves x alone.
     """
     keep, clean, fresh = er_sde_coefficients(s, u, eta)
-    ratio = log_snr_step(s, u) / log_snr_step(s_before, s)
-    extra = torch.where(_wide(u).to(ratio.device) == 0, torch.zeros_like(ratio), clean * ratio / 2)
+    h, h_before = log_snr_step(s, u), log_snr_step(s_before, s)
+    first_order = torch.isinf(h) | (h == 0)
+    extra = torch.where(first_order, torch.zeros_like(h), clean * h / h_before / 2)
     first = expand(keep, x) * x + expand(clean, x) * x0 + expand(fresh, x) * noise
     return first + expand(extra, x) * (x0 - x0_before)
+
+
+class MultistepSde:
+    """`er_sde_step` at first, then `sde_dpm_2_step` with what the step before it predicted."""
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, Level] | None = None
+
+    def __call__(self, x: Tensor, x0: Tensor, s: Level, u: Level, eta: Level, noise: Tensor) -> Tensor:
+        """One step, which the next one looks back at."""
+        before, self._before = self._before, (x0, s)
+        if before is None:
+            return er_sde_step(x, x0, s, u, eta, noise)
+        return sde_dpm_2_step(x, x0, s, u, noise, *before, eta)
+
+
+SOLVERS: Mapping[str, Callable[[], SdeStep]] = {
+    "er_sde": lambda: er_sde_step,
+    "ddim_eta": lambda: ddim_eta_step,
+    "euler_maruyama": lambda: euler_maruyama_step,
+    "sde_dpm_2": MultistepSde,
+}
 
 
 def log_snr_step(s: Level, u: Level) -> Tensor:

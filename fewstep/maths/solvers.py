@@ -145,19 +145,24 @@ def sample(denoiser: Denoises, schedule: Schedule, cond: Any, draw: Draws, shape
 
 
 def heun_step(
-    velocity: Callable[[Tensor, Tensor | float], Tensor], x: Tensor, t: Tensor | float, t_next: float
+    velocity: Callable[[Tensor, Tensor | float], Tensor], x: Tensor, t: Tensor | float, t_next: Tensor | float
 ) -> Tensor:
     """Second-order step x + (t_next - t) (v(x, t) + v(x', t_next)) / 2 with x' the Euler step (EDM, algorithm 1).
 
-    Two calls of `velocity`; a step to t_next = 0 stays Euler, since networks are not defined there.
+    Two calls of `velocity`; a step to t_next = 0 stays Euler, since networks are not defined there. Times are numbers
+    or [rows]; when t_next is a tensor the second call is made for all rows, with t itself for those that end at 0.
     """
     width = expand(t_next - t, x)
     first = velocity(x, t)
     euler = x + width * first
-    if t_next == 0:
-        return euler
-    second = velocity(euler, torch.full_like(t, t_next) if isinstance(t, Tensor) else t_next)
-    return x + width * (first + second) / 2
+    if not isinstance(t_next, Tensor):
+        if t_next == 0:
+            return euler
+        second = velocity(euler, torch.full_like(t, t_next) if isinstance(t, Tensor) else t_next)
+        return x + width * (first + second) / 2
+    ends = t_next == 0
+    second = velocity(euler, torch.where(ends, t, t_next))
+    return torch.where(expand(ends, x) > 0, euler, x + width * (first + second) / 2)
 
 
 def _wide(t: Tensor | float) -> Tensor:

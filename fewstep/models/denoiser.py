@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.batch import Cond
 from ..maths.losses import mse_rows
 from ..maths.paths import Path, add_noise, eps_from_velocity, score_from_velocity, x0_from_velocity
+from ..nets.extra_inputs import feeding
 from .registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Denoiser:
         if isinstance(scale, Tensor) or scale != 1:
             state = state * _expand(scale, state)
         arguments = self.family.pack(self.handle.module, state, self.path.timestep(t), cond)
-        answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
+        with feeding(self.handle.module, cond):
+            answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
         return answer if answer.dtype == torch.float64 else answer.float()
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

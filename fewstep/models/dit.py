@@ -43,6 +43,7 @@ class DiTFamily(DiffusionFamily):
             "default": ("to_q", "to_k", "to_v", "to_out.0"),
             "wide": ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "linear", "linear_1", "linear_2"),
         },
+        time_embedding="transformer_blocks.*.norm1.emb.timestep_embedder",
         feature_layers=("transformer_blocks.1", "transformer_blocks.0"),
         train_dropout=True,
     )

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..errors import UserError
 from ..maths.paths import Path
+from ..nets.extra_inputs import attach
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Surroundings(Protocol):
         """The pipeline's own unconditional condition, with the rows of `cond`."""
 
     def parts(self) -> Mapping[str, Any]:
-        """What is saved beside the network, by component name (`vae`, `text_encoder`, `tokenizer`, ...)."""
+        """What the stock pipeline's constructor takes besides network and scheduler, by name: `vae`, `text_encoder`,
+        `tokenizer`, ..., None for what there is none of, and its settings."""
 
     def key(self) -> str:
         """Hex digest of the encoders' weights; stores of latents and embeddings are keyed by it."""
@@ -96,6 +99,7 @@ class Facts:
     null: what stands for "no condition".  step_generator: the stock pipeline hands its generator to scheduler.step.
     lora_mixin, lora_prefix: of the stock LoRA loader, if any.  lora: layer names by width.
     scalar_slot: where a second scalar (time or guidance) can enter the stock class.
+    time_embedding: name or pattern of the submodules whose output further scalars are added to.
     feature_layers: where discriminator heads read, deepest first.
     train_dropout: the class drops conditions by itself in train mode, so it is always held in eval mode.
     """
@@ -118,6 +122,7 @@ class Facts:
     lora_prefix: str = ""
     lora: Mapping[str, Sequence[str]] = field(default_factory=dict)
     scalar_slot: Literal["timestep_cond", "guidance", "class_labels", "r_timestep"] | None = None
+    time_embedding: str | None = None
     feature_layers: Sequence[str] = ()
     train_dropout: bool = False
 
@@ -136,6 +141,10 @@ class DiffusionFamily:
     def build(self, **config: Any) -> Loaded:
         """A network with random weights."""
         raise NotImplementedError
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether a network with this config.json is of the family."""
+        return config.get("_class_name") == self.facts.network.split(":")[1]
 
     def load(self, folder: FilePath) -> Loaded:
         """Network and path from an exported or stock pipeline folder."""
@@ -160,9 +169,16 @@ class DiffusionFamily:
 
         UserError when the class has no place for one.
         """
+        if self.facts.time_embedding is not None:
+            return attach(module, inputs, self.facts.time_embedding)
         raise UserError(
             f"family '{self.name}' has no place for the input '{inputs[0]}': train it with one fixed guidance_scale"
         )
+
+    def sealed(self, module: nn.Module) -> nn.Module:
+        """What is exported of a student that is sampled without guidance: a network on which the stock pipeline's
+        guidance_scale, whose default is not 1, has no effect. The module itself where no such default exists."""
+        return module
 
     def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:
         """Keyword arguments of the network's forward. `x` is the native state, `timestep` the label [rows]."""
@@ -176,6 +192,10 @@ class DiffusionFamily:
     def null(self, module: nn.Module, cond: Cond) -> Cond:
         """The condition that stands for "none", with the rows of `cond`. Raises UserError when the network has none."""
         raise NotImplementedError
+
+    def blank(self, module: nn.Module) -> Cond:
+        """One row of a condition of the right shapes that means nothing, to ask a network for its sizes."""
+        return Cond(label=torch.zeros(1, dtype=torch.long))
 
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
         """Shape of one row of the network's input, [channels, height, width]."""

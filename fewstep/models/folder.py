@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import UserError
 from ..maths.paths import FlowPath, Path, VPPath
 from ..resources import locate
+from .hub import find_model, local
+from .known import KNOWN
 from .registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -20,14 +24,24 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def open_model(source: str | FilePath) -> Loaded:
-    """The network in a local folder. Raises UserError when there is no such folder, no known family, or only pickles."""
-    folder = locate(source)
-    if not folder.is_dir():
-        raise UserError(
-            f"no model folder '{source}': give the path of an exported model or of a pipeline saved by diffusers"
-        )
-    refuse_pickles(folder)
+    """The network of a local folder, or of a hub id in the local cache.
+
+    On the meta device, where a plan asks for sizes, a known hub id need not be there. Raises UserError when there is no
+    such model, no family that knows it, or a pickle in a folder (what a cached snapshot holds beside safetensors stays
+    unread).
+    """
+    known = KNOWN.get(str(source))
+    if known is not None and on_meta() and local(source) is None:
+        return FAMILIES.get(known.family).build(**known.build)
+    folder = find_model(source)
+    if folder == locate(source):
+        refuse_pickles(folder)
     return FAMILIES.get(family_of(folder)).load(folder)
+
+
+def on_meta() -> bool:
+    """Whether networks are made without storage, for their sizes alone."""
+    return torch.get_default_device().type == "meta"
 
 
 def refuse_pickles(folder: FilePath) -> None:
@@ -50,27 +64,25 @@ def family_of(folder: FilePath) -> str:
     said = card(folder).get("family")
     if said is not None:
         return str(said)
-    found = _network_class(folder)
+    config = _network_config(folder)
     for name in FAMILIES.names():
-        facts = getattr(FAMILIES.get(name), "facts", None)
-        if facts is not None and found is not None and facts.network.split(":")[1] == found:
+        holds = getattr(FAMILIES.get(name), "holds", None)
+        if holds is not None and holds(config):
             return name
-    raise UserError(
-        f"'{folder}' holds {found or 'no network'}, which no family knows: known are {', '.join(FAMILIES.names())}"
-    )
+    found = config.get("_class_name") or (config.get("architectures") or ["no network"])[0]
+    raise UserError(f"'{folder}' holds {found}, which no family knows: known are {', '.join(FAMILIES.names())}")
 
 
-def _network_class(folder: FilePath) -> str | None:
+def _network_config(folder: FilePath) -> dict[str, Any]:
     for part in ("unet", "transformer", "."):
         file = folder / part / "config.json"
         if file.exists():
-            config = json.loads(file.read_text())
-            return str(config.get("_class_name") or (config.get("architectures") or [None])[0])
-    return None
+            return json.loads(file.read_text())
+    return {}
 
 
 def load_component(family: DiffusionFamily, folder: FilePath) -> Loaded:
-    """Network of a diffusers folder in float32, with the path its scheduler's config describes."""
+    """Network of a diffusers folder in float32, with the path its scheduler's config describes; weightless on meta."""
     from importlib import import_module
 
     from .family import Loaded
@@ -78,8 +90,12 @@ def load_component(family: DiffusionFamily, folder: FilePath) -> Loaded:
     module_name, class_name = family.facts.network.split(":")
     network = getattr(import_module(module_name), class_name)
     component = folder / family.facts.component
+    place = component if component.is_dir() else folder
     try:
-        module = network.from_pretrained(component if component.is_dir() else folder, use_safetensors=True)
+        if on_meta():
+            module = network.from_config(network.load_config(place))
+        else:
+            module = network.from_pretrained(place, use_safetensors=True).float()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {class_name} from '{folder}': {str(error).splitlines()[0]}") from error
     return Loaded(module, family.name, _path_in(folder))
@@ -100,7 +116,7 @@ def path_from_scheduler(config: Mapping[str, Any]) -> Path:
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
     if flow or str(config.get("_class_name", "")).startswith("Flow"):
         return FlowPath(shift=float(config.get("shift") or config.get("flow_shift") or 1.0))
-    return VPPath.from_scheduler(config)
+    return _vp(config)
 
 
 def path_from(said: Mapping[str, Any]) -> Path:
@@ -110,5 +126,10 @@ def path_from(said: Mapping[str, Any]) -> Path:
     if kind == "flow":
         return FlowPath(**said)
     if kind == "vp":
-        return VPPath.from_scheduler(said)
+        return _vp(said)
     raise UserError(f"unknown path kind '{kind}': write flow or vp")
+
+
+def _vp(config: Mapping[str, Any]) -> VPPath:
+    with torch.device("cpu"):  # a path is numbers, also where a plan makes networks on the meta device
+        return VPPath.from_scheduler(config)

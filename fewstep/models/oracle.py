@@ -219,6 +219,7 @@ MLP = OracleFamily(
     _facts(
         "MLPNet",
         lora={"default": ("hidden.*",), "wide": ("hidden.*", "enter", "time", "leave")},
+        time_embedding="time",
         feature_layers=("hidden.0",),
     ),
 )

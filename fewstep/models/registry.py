@@ -10,6 +10,8 @@ FAMILIES = Registry(
     {
         "unet2d": "fewstep.models.unet2d:UNET2D",
         "dit": "fewstep.models.dit:DIT",
+        "stable_diffusion": "fewstep.models.stable_diffusion:SD",
+        "stable_diffusion_xl": "fewstep.models.stable_diffusion:SDXL",
         "gaussian": "fewstep.models.oracle:GAUSSIAN",
         "gaussian_mixture": "fewstep.models.oracle:GAUSSIAN_MIXTURE",
         "mlp": "fewstep.models.oracle:MLP",

@@ -27,6 +27,7 @@ from ..errors import UserError
 from .build import parse
 from .family import Loaded
 from .folder import refuse_pickles
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from ..data.tokenizer import Words
@@ -95,7 +96,7 @@ class TextEncoderFamily:
         if torch.get_default_device().type == "meta":  # the memory plan asks for sizes and not for weights
             return Loaded(auto.from_config(AutoConfig.from_pretrained(folder)), self.name)
         try:
-            with _quiet():
+            with quiet():
                 module = auto.from_pretrained(
                     folder, use_safetensors=True, local_files_only=True, dtype=torch.float32, trust_remote_code=False
                 )
@@ -105,7 +106,7 @@ class TextEncoderFamily:
 
     def save(self, module: nn.Module, folder: Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer it carries, as transformers' Auto classes read them."""
-        with _quiet():
+        with quiet():
             module.save_pretrained(folder)  # type: ignore[operator]
         if hasattr(module, CARRIED):
             getattr(module, CARRIED).save(folder, _sizes(module).max_position_embeddings)
@@ -261,19 +262,3 @@ def _config(folder: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except ValueError:
         raise UserError(f"'{file}' is no JSON: the folder is damaged, save the model anew") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without progress bars and loading tables, which belong to no run of ours."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

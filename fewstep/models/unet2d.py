@@ -42,6 +42,7 @@ class UNet2DFamily(DiffusionFamily):
             "wide": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj"),
         },
         scalar_slot="class_labels",
+        time_embedding="time_embedding",
         feature_layers=("mid_block",),
     )
 

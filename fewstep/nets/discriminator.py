@@ -1,19 +1,20 @@
 """Discriminator heads: from a denoiser's activations to one logit a row.
 
-A head is chosen by the shape of what it reads: feature maps [rows, channels, height, width] get convolutions, tokens
-[rows, tokens, width] are laid out as the square they came from, vectors [rows, width] get two linear layers.
+Heads are chosen by kind and by the shape of what they read. "conv": feature maps [rows, channels, height, width] get
+convolutions, tokens [rows, tokens, width] are laid out as the square they came from, vectors [rows, width] get two
+linear layers. "mean": the mean over places, and one linear layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Cond
+from ..errors import UserError, nearest
 
 if TYPE_CHECKING:
     from ..models.denoiser import Denoiser
@@ -25,21 +26,23 @@ class Discriminator(nn.Module):
         heads = Discriminator.reading(teacher, layers=("mid_block",))
         logits = heads(teacher.features(x, t, cond, ("mid_block",)))
 
-    shapes: of one row of each feature.
+    shapes: of one row of each feature. kind: a key of `KINDS`; another raises UserError.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]]):
+    def __init__(self, shapes: Sequence[Sequence[int]], kind: str = "conv"):
         super().__init__()
-        self.heads = nn.ModuleList(HEADS[len(shape)](*shape) for shape in shapes)
+        if kind not in KINDS:
+            raise UserError(f"unknown discriminator heads '{kind}': {nearest(kind, KINDS)}")
+        self.heads = nn.ModuleList(KINDS[kind][len(shape)](*shape) for shape in shapes)
 
     @classmethod
     @torch.no_grad()
-    def reading(cls, denoiser: Denoiser, layers: tuple[str, ...] | None) -> Discriminator:
-        """Heads for these activations of a denoiser with labels or without; a call on zeros tells the shapes."""
+    def reading(cls, denoiser: Denoiser, layers: tuple[str, ...] | None, kind: str = "conv") -> Discriminator:
+        """Heads for these activations of a denoiser; a call on zeros tells the shapes."""
         x = torch.zeros(1, *denoiser.row_shape, device=denoiser.device)
-        label = torch.zeros(1, dtype=torch.long, device=x.device)
-        features = denoiser.features(x, torch.full((1,), 0.5, device=x.device), Cond(label=label), layers)
-        return cls([feature.shape[1:] for feature in features])
+        cond = denoiser.family.blank(denoiser.handle.module).to(x.device)
+        features = denoiser.features(x, torch.full((1,), 0.5, device=x.device), cond, layers)
+        return cls([feature.shape[1:] for feature in features], kind)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits [rows] from features in the order of `shapes`."""
@@ -101,7 +104,23 @@ class Square(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
-HEADS: dict[int, Callable[..., nn.Module]] = {3: MapHead, 2: TokenHead, 1: VectorHead}
+class MeanHead(nn.Module):
+    """The mean over places of a map, of tokens or of a vector (which is its own), then a linear layer."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.places = {3: (2, 3), 2: (1,), 1: ()}[len(shape)]
+        self.linear = nn.Linear(shape[-1] if len(shape) == 2 else shape[0], 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Logits [rows, 1]."""
+        return self.linear(feature.mean(self.places) if self.places else feature)
+
+
+KINDS: Mapping[str, Mapping[int, Callable[..., nn.Module]]] = {
+    "conv": {3: MapHead, 2: TokenHead, 1: VectorHead},
+    "mean": {3: MeanHead, 2: MeanHead, 1: MeanHead},
+}
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -12,7 +12,8 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -64,6 +65,12 @@ class Adapter(nn.Module):
         self._pairs[module] = (down, up)
         if not hasattr(module, _HOOKED):
             setattr(module, _HOOKED, module.register_forward_hook(_add_low_rank))
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """The adapted network equals the base again: every up-projection is zero, as at the start."""
+        for up in self.up.values():
+            nn.init.zeros_(cast(Tensor, up.weight))
 
     def delta(self, key: str) -> Tensor:
         """The change of the weight at `key`, in the base weight's shape."""
@@ -132,10 +139,5 @@ def checkpointed(module: Any) -> None:
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    adapter = _ACTIVE.get()  # the backward pass runs when, and maybe in a thread where, another adapter is active
-
-    def call(*inner: Any, **named: Any) -> Any:
-        with use(adapter):
-            return function(*inner, **named)
-
-    return checkpoint(call, *args, use_reentrant=False, **kwargs)
+    context = copy_context()  # the backward pass runs when, and maybe in a thread where, another adapter is active
+    return checkpoint(partial(context.run, function), *args, use_reentrant=False, **kwargs)

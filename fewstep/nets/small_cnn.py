@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from ..errors import UserError
+from ..resources import asset
 
 FEATURES = 64
 _GRID = 2  # positions kept a side: with a plain mean over positions, a garment's sleeves and hem look alike
@@ -22,6 +30,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, channels: int = 1, width: int = 32, classes: int = 10):
         super().__init__()
+        self.channels = channels
         self.body = nn.Sequential(
             *_convolution(channels, width, stride=1),
             *_convolution(width, 2 * width, stride=2),
@@ -32,6 +41,29 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
         self.register_buffer("feature_mean", torch.zeros(FEATURES))
         self.register_buffer("feature_std", torch.ones(FEATURES))
+
+    @classmethod
+    def shipped(cls, name: str) -> SmallCNN:
+        """A network that travels with fewstep, in eval mode: "digits-cnn" or "fashion-cnn"."""
+        return cls.read(asset(f"features/{name}.safetensors"))
+
+    @classmethod
+    def read(cls, file: Path) -> SmallCNN:
+        """The network in `file`. UserError when there is none, or its weights are not those the header names.
+
+        On the meta device it has sizes and no weights.
+        """
+        from safetensors.torch import load_file
+
+        said = header(file)
+        network = cls(**{key: int(said[key]) for key in ("channels", "width", "classes")}).eval()
+        if torch.get_default_device().type == "meta":
+            return network
+        state = load_file(file)
+        if weights_digest(state) != said["sha256"]:
+            raise UserError(f"{file.stem}: '{file}' does not have the weights its header names: restore the file")
+        network.load_state_dict(state)
+        return network
 
     def embed(self, x: Tensor) -> Tensor:
         """Hidden activations [n, 64], as they are."""
@@ -56,3 +88,22 @@ class SmallCNN(nn.Module):
 
 def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()
+
+
+def header(file: Path) -> dict[str, str]:
+    """What the file of a shipped network says of it: sizes, data, accuracy, sha256. UserError when there is no file."""
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise UserError(f"{file.stem}: no file '{file}': reinstall fewstep, or run assets/make_assets.py {file.stem}")
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["about"])
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes of the tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,6 +1,7 @@
 """Scoring folders of images and pipelines, through the function that users call."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,37 @@ from fewstep.data.registry import make_source
 from fewstep.errors import UserError
 from fewstep.evaluation.evaluate import evaluate, score
 from fewstep.evaluation.manifest import read_manifest, read_scores, samples_of, write_images, write_manifest
+from fewstep.rewards import registry
+from fewstep.rewards.base import Reward
+from tests.data.tiny_captions import tiny_captions
 
+FIRST = ("zero", "one", "two", "three")  # the first four digits of the shipped set
+LENGTH = sum(len(f"digit {name}") for name in FIRST) / 4
 FACTS = {"nfe": 2.0, "guidance": 1.0, "scheduler": "Euler"}
+
+
+class Length(Reward):
+    """Letters of the prompt."""
+
+    name, needs = "length", "prompt"
+
+    def __init__(self, spec):
+        super().__init__()
+
+    def score(self, images, asked):
+        return torch.tensor([float(len(text)) for text in asked.prompts])
+
+
+class _Sampler:
+    """Takes classes and no prompts, as far as its signature tells."""
+
+    def __call__(self, class_labels=None):
+        raise AssertionError("the pipeline itself is not called")
+
+
+class _Painter(_Sampler):
+    def __call__(self, prompt=None):
+        raise AssertionError("the pipeline itself is not called")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +64,16 @@ def pictures(tmp_path, digits):
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch, digits):
     """A model folder whose sampler gives real digits back."""
-    import sys
 
-    def generate(folder, n, seed=0, labels=None, steps=None, guidance=None, batch=256):
+    def generate(pipeline, n, seed=0, labels=None, steps=None, guidance=None, batch=None, prompts=None):
         call = {"timesteps": (1.0, 0.5), "nfe": 2.0, "guidance": guidance, "ms_per_image": 3.0, "scheduler": "Euler"}
-        return SimpleNamespace(images=digits[0][seed : seed + n], labels=digits[1][seed : seed + n], **call)
+        rows = slice(seed, seed + n)
+        images = digits[0][rows] if prompts is None else digits[0][rows].repeat(1, 3, 1, 1)
+        labels = digits[1][rows] if prompts is None else None
+        return SimpleNamespace(images=images, labels=labels, prompts=prompts, **call)
 
-    monkeypatch.setitem(sys.modules, "fewstep.exporting.pipeline", SimpleNamespace(generate=generate))
+    module = SimpleNamespace(generate=generate, load_pipeline=lambda folder: _Sampler())
+    monkeypatch.setitem(sys.modules, "fewstep.exporting.pipeline", module)
     folder = tmp_path / "model"
     folder.mkdir()
     said = {"features": "digits-cnn", "reference": {"source": "digits"}}
@@ -96,9 +129,87 @@ def test_images_manifest_and_scores_are_written_and_score_alike(pipeline, tmp_pa
     assert again["values"] == drawn["values"]
 
 
+def test_reward_and_high_frequencies_need_no_features_and_say_what_they_were_read_with(pictures):
+    found = evaluate(pictures, ("high_frequency", "reward"), reference="digits", reward="classifier")
+    assert found["features"] is None
+    assert found["values"]["high_frequency"] == pytest.approx(1, abs=0.1)
+    assert -0.3 < found["values"]["reward"] <= 0
+    scores = {s["metric"]: s for s in found["scores"]}
+    assert scores["high_frequency"]["label"] == "high_frequency[pixels]"
+    assert "n=1797" in scores["high_frequency"]["reference"]
+    assert scores["reward"]["label"] == "reward[classifier]"
+    assert scores["reward"]["reference"] == "none"
+    assert len(scores["reward"]["weights_sha256"]) == 64
+
+
+def test_a_reward_is_named_with_its_factors_and_options_but_not_its_folder(pictures):
+    said = {"classifier": {"weight": 2.0}, "linear": {"direction": "checkerboard"}}
+    found = evaluate(pictures, ("reward",), reward=said)
+    assert found["scores"][0]["label"] == "reward[2 classifier + linear direction=checkerboard]"
+    alone = evaluate(pictures, ("reward",), reward="classifier")["values"]["reward"]
+    pattern = evaluate(pictures, ("reward",), reward={"linear": {"direction": "checkerboard"}})["values"]["reward"]
+    assert found["values"]["reward"] == pytest.approx(2 * alone + pattern, abs=1e-5)
+
+
+def test_wrong_labels_earn_less_reward(pictures, digits):
+    right = evaluate(pictures, ("reward",), reward="classifier")["values"]["reward"]
+    shifted = (digits[1][:60] + 1) % 10
+    write_manifest(samples_of(digits[0][:60], shifted, 0, timesteps=(1.0,), **FACTS), pictures / "manifest.jsonl")
+    assert evaluate(pictures, ("reward",), reward="classifier")["values"]["reward"] < right - 3
+
+
+def test_a_models_own_reward_is_the_default(pipeline):
+    said = json.loads((pipeline / "fewstep.json").read_text())
+    said["evaluation"]["reward"] = {"classifier": {"features": "digits-cnn"}}
+    (pipeline / "fewstep.json").write_text(json.dumps(said))
+    found = evaluate(pipeline, ("reward", "fid"), n=40)
+    assert [s["label"] for s in found["scores"]] == ["reward[classifier features=digits-cnn]", "fid[digits-cnn]"]
+
+
+def test_a_text_to_image_model_draws_the_captions_of_the_reference(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["fewstep.exporting.pipeline"], "load_pipeline", lambda folder: _Painter())
+    monkeypatch.setattr(registry.REWARDS, "get", lambda name: Length)
+    reference = {"source": "captions", "path": str(tiny_captions(tmp_path / "real", n=4, size=8)), "size": 8}
+    out = tmp_path / "out"
+    found = evaluate(pipeline, ("high_frequency", "reward"), reference=reference, reward="length", out=out)
+    assert found["n"] == 4
+    assert found["values"]["reward"] == pytest.approx(LENGTH)
+    assert [s.prompt for s in read_manifest(out / "manifest.jsonl")] == [f"digit {name}" for name in FIRST]
+    again = evaluate(out, ("reward",), reward="length")
+    assert again["scores"] == [s for s in found["scores"] if s["metric"] == "reward"]
+
+
+def test_prompts_alone_will_do_for_scores_without_real_images(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["fewstep.exporting.pipeline"], "load_pipeline", lambda folder: _Painter())
+    monkeypatch.setattr(registry.REWARDS, "get", lambda name: Length)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog with a hat\n")
+    reference = {"source": "prompts", "path": str(tmp_path / "prompts.txt")}
+    found = evaluate(pipeline, ("reward",), reference=reference, reward="length")
+    assert (found["n"], found["values"]["reward"]) == (2, (5 + 16) / 2)
+    with pytest.raises(UserError, match="high_frequency needs reference_images"):
+        evaluate(pipeline, ("high_frequency",), reference=reference)
+    with pytest.raises(UserError, match="draws what prompts say"):
+        evaluate(pipeline, ("diversity",), reference="digits")
+
+
+def test_captions_beside_images_are_what_a_reward_is_asked_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry.REWARDS, "get", lambda name: Length)
+    folder = tiny_captions(tmp_path, n=4)
+    found = evaluate(folder, ("reward",), reward="length")
+    assert found["values"]["reward"] == pytest.approx(LENGTH)
+    assert found["scores"][0]["reference"].startswith("prompts sha256=")
+    other = (folder / "metadata.jsonl").read_text().replace("zero", "nine")
+    (folder / "metadata.jsonl").write_text(other)
+    again = evaluate(folder, ("reward",), reward="length")
+    assert again["scores"][0]["reference"] != found["scores"][0]["reference"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"metrics": ("reward",)}, "the metric reward has no reward: name one"),
+        ({"metrics": ("reward",), "reward": "clasifier"}, "did you mean 'classifier'"),
+        ({"metrics": ("high_frequency",), "reference": None}, "high_frequency needs reference_images"),
         ({"metrics": ("fdi",)}, "did you mean 'fid'"),
         ({"features": None}, "no feature network is named"),
         ({"reference": "fashion_mnist"}, "1 x 8 x 8, the reference's 1 x 28 x 28"),

@@ -10,8 +10,8 @@ from fewstep.data.registry import make_source
 from fewstep.errors import UserError
 from fewstep.evaluation import features as module
 from fewstep.evaluation import inception
-from fewstep.evaluation.features import ClassifierFeatures, feature_network, reference_features, weights_digest
-from fewstep.nets.small_cnn import SmallCNN
+from fewstep.evaluation.features import ClassifierFeatures, feature_network, reference_features
+from fewstep.nets.small_cnn import SmallCNN, weights_digest
 from fewstep.resources import asset
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fewstep.data.batch import Cond
 from fewstep.draws import Draw
 from fewstep.exporting.folder import export
 from fewstep.exporting.targets import training_path
+from fewstep.maths.consistency import pick
 from fewstep.maths.paths import Path as NoisePath
 from fewstep.maths.solvers import Kind, Schedule, sample
 from fewstep.models.denoiser import Denoiser
@@ -75,14 +77,24 @@ def student(
     steps: int = 4,
     guidance: float = 1.0,
     classes: int | None = 3,
+    origin: int | None = None,
 ) -> Student:
-    """A student whose schedule is the grid of `training_path`."""
+    """A student whose schedule is the grid of `training_path`, or picked from the grid of `origin` levels."""
     torch.manual_seed(0)
     loaded = FAMILIES.get(family).build(sample_size=8, classes=classes, path=path, **SIZES[family])
     with torch.no_grad():
         for parameter in loaded.module.parameters():  # diffusers starts DiT's last layers at zero
             parameter.add_(torch.randn_like(parameter) * 0.05)
     assert loaded.path is not None
-    trained = training_path(FAMILIES.get(family), loaded.path, kind, steps, guidance)
-    schedule = Schedule(kind, trained.grid(steps), guidance)
-    return Student(FAMILIES.get(family), loaded.module.eval(), trained, schedule, classes)
+    on = on_grid(kind, steps, guidance, origin)
+    trained = training_path(FAMILIES.get(family), loaded.path, on, labels=classes is not None)
+    return Student(FAMILIES.get(family), loaded.module.eval(), trained, on(trained), classes)
+
+
+def on_grid(
+    kind: Kind, steps: int, guidance: float = 1.0, origin: int | None = None, embedded: bool = False
+) -> Callable[[NoisePath], Schedule]:
+    """The schedule of `steps` levels of a path's own grid, or picked from its grid of `origin` levels."""
+    return lambda path: Schedule(
+        kind, pick(path.grid(origin or steps), steps), guidance, embedded=embedded, origin=origin
+    )

@@ -76,6 +76,15 @@ def test_a_wrong_scheduler_is_found(folder, changes, message):
     assert message in errors[0] and "restore scheduler" in errors[0]
 
 
+def test_steps_off_the_grid_that_a_student_was_picked_from_are_found(tmp_path):
+    folder = student("unet2d", SHIFTED, "renoise", 4, origin=48).export(tmp_path / "m")
+    assert {f.level for f in doctor(folder)} == {"ok"}
+    _edit(folder / "fewstep.json", steps=[4, 5])
+    assert _found(folder, "warn") == [
+        "5 steps call the network off the 48 levels that were trained -> sample it in 4 steps"
+    ]
+
+
 def test_the_timesteps_of_a_wrong_spacing_are_shown(folder):
     _edit(folder / "scheduler" / "scheduler_config.json", timestep_spacing="leading")
     assert any("feeds timesteps 750 500 250 0; trained were 999 749 499 249" in e for e in _found(folder, "error"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +60,24 @@ def test_own_pipelines_carry_their_file_and_their_defaults(tmp_path):
     assert card(folder)["remote_code"] == "pipeline_fewstep_class_v1.py"
     assert set(card(folder)["sha256"]) >= {"pipeline_fewstep_class_v1.py"}
     assert card(folder)["nfe"] == 4
+
+
+@pytest.mark.parametrize("family", ["unet2d", "dit"])
+def test_guidance_that_no_class_pipeline_feeds_is_folded_into_the_weights(tmp_path, family):
+    s = student(family, SHIFTED, "renoise", 2)
+    s.family.upgrade(s.module, ["guidance"])
+    with torch.no_grad():
+        for part in s.module.get_submodule("extra_inputs").parameters():
+            part.add_(torch.randn_like(part) * 0.1)
+    images = {}
+    for scale in (1.0, 5.0):
+        s.schedule = replace(s.schedule, guidance=scale, embedded=True)
+        folder = s.export(tmp_path / f"{scale:g}")
+        images[scale] = generate(folder, 3).images / 255
+        assert (images[scale] - s.images(3)).abs().max() <= 0.5 / 255 + 1e-5
+        assert (card(folder)["folded"], card(folder)["nfe"]) == ({"guidance": scale}, 2)
+        assert f"{scale:g} is in the weights" in (folder / "README.md").read_text()
+    assert (images[1.0] - images[5.0]).abs().max() > 0.02
 
 
 def test_offered_steps_of_the_method_are_kept(tmp_path):
@@ -146,7 +167,8 @@ def test_latents_are_decoded_by_the_vae_in_the_folder(tmp_path):
         shift_factor=0.25,
     )
     s = student("dit", SHIFTED)
-    folder = export(s.module, s.family, s.path, s.schedule, tmp_path / "m", card={}, vae=vae.eval())
+    around: Any = SimpleNamespace(parts=lambda: {"vae": vae.eval()})
+    folder = export(s.module, s.family, s.path, s.schedule, tmp_path / "m", card={}, around=around)
     latents = 2 * _unclamped(s, 2)
     with torch.no_grad():
         wanted = (vae.decode(latents + 0.25).sample / 2 + 0.5).clamp(0, 1)

@@ -8,11 +8,12 @@ import torch
 from fewstep.draws import Draw
 from fewstep.evaluation.nfe import count_calls
 from fewstep.exporting.fresh import given_noise, images_of
+from fewstep.exporting.grids import trained_pairs
 from fewstep.exporting.network import network_of
 from fewstep.exporting.pipeline import addresses, generate, load_pipeline
-from fewstep.exporting.targets import TARGETS, trained_pairs
+from fewstep.exporting.targets import TARGETS
 
-from .students import EPS, FLOW, SHIFTED, VPRED, student
+from .students import EPS, FLOW, SHIFTED, VPRED, on_grid, student
 
 ROWS = [  # family, path, kind, guidance, classes -> pipeline, scheduler
     ("unet2d", SHIFTED, "ode", 1.0, 3, "ConsistencyModelPipeline", "DPMSolverMultistepScheduler"),
@@ -53,10 +54,23 @@ def _timestep(args, kwargs) -> float:
     return float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
 
 
-def test_every_row_of_the_table_is_held_to_the_solver():
-    rows = {(t.serves == "*", t.path, t.kind, t.pipeline.split(":")[1], t.scheduler) for t in TARGETS}
+def test_every_row_of_the_table_without_text_is_held_to_the_solver():
+    rows = {(t.serves == "*", t.path, t.kind, t.pipeline_name, t.scheduler) for t in TARGETS if not t.embeds}
     held = {(r[5] == "FewStepClassPipeline", r[1]["kind"], r[2], r[5], r[6]) for r in ROWS}
     assert rows == held
+
+
+@pytest.mark.parametrize(
+    ("path", "origin", "timesteps"), [(EPS, 50, (999, 759, 499, 259)), (SHIFTED, 48, (1000, 900, 750, 500))]
+)
+def test_levels_picked_from_a_longer_grid_agree_too(tmp_path, path, origin, timesteps):
+    s = student("unet2d", path, "renoise", 4, origin=origin)
+    folder = s.export(tmp_path / "m")
+    made = generate(folder, 3)
+    assert made.timesteps == pytest.approx(timesteps, abs=1e-3) and made.nfe == 4
+    assert (made.images / 255 - s.images(3)).abs().max() <= 0.5 / 255 + 1e-5
+    s.schedule = on_grid("renoise", 2, origin=origin)(s.path)  # a pick of its own, from one and the same folder
+    assert (generate(folder, 3, steps=2).images / 255 - s.images(3)).abs().max() <= 0.5 / 255 + 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])

@@ -9,13 +9,17 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from fewstep.errors import UserError
 from fewstep.maths.sde import (
+    SOLVERS,
     ddim_eta_step,
     er_sde_coefficients,
     er_sde_step,
     euler_maruyama_step,
+    keeps_state,
     log_snr_step,
     sde_dpm_2_step,
+    sde_solver,
 )
 from fewstep.maths.solvers import step
 
@@ -243,3 +247,65 @@ def test_levels_and_strengths_may_differ_by_row(state):
     both = er_sde_step(x, x0, s, u, eta, noise)
     assert torch.allclose(both[:1], er_sde_step(x[:1], x0[:1], 0.9, 0.4, 0.0, noise[:1]), atol=1e-15)
     assert torch.equal(both[1:], x0[1:])
+
+
+# solvers by name
+
+
+def test_solvers_by_name_are_the_steps_themselves(state):
+    x, x0, noise = state
+    for name, function in (
+        ("er_sde", er_sde_step),
+        ("ddim_eta", ddim_eta_step),
+        ("euler_maruyama", euler_maruyama_step),
+    ):
+        assert torch.equal(sde_solver(name)(x, x0, 0.8, 0.5, 0.7, noise), function(x, x0, 0.8, 0.5, 0.7, noise))
+    with pytest.raises(UserError, match="unknown solver 'er_sd': did you mean 'er_sde'"):
+        sde_solver("er_sd")
+
+
+def test_the_multistep_solver_looks_back_at_its_own_walk_alone(state):
+    """First step of first order; the second one uses x0 and level of the first; a new walk has forgotten both."""
+    x, x0, noise = state
+    solve = sde_solver("sde_dpm_2")
+    first = solve(x, x0, 0.9, 0.6, 1.0, noise)
+    assert torch.equal(first, er_sde_step(x, x0, 0.9, 0.6, 1.0, noise))
+    assert torch.equal(solve(first, x, 0.6, 0.4, 0.5, noise), sde_dpm_2_step(first, x, 0.6, 0.4, noise, x0, 0.9, 0.5))
+    fresh = sde_solver("sde_dpm_2")(first, x, 0.6, 0.4, 0.5, noise)
+    assert torch.equal(fresh, er_sde_step(first, x, 0.6, 0.4, 0.5, noise))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_without_noise_every_solver_starts_from_pure_noise(state, name):
+    """At s = 1, eta = 0 each is the ode step, although alpha_s = 0 makes its noise terms infinite."""
+    x, x0, noise = state
+    assert torch.allclose(sde_solver(name)(x, x0, 1.0, 0.6, 0.0, noise), step("ode", x, x0, 1.0, 0.6), atol=1e-13)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("s", [0.3, 1e-3])
+def test_a_step_of_no_length_changes_nothing(state, name, s):
+    """Rows at the lowest entry of a DDPM table walk from it to itself, in several parts."""
+    x, x0, noise = state
+    solve = sde_solver(name)
+    once = solve(x, x0, s, s, 1.0, noise)
+    torch.testing.assert_close(once, x)
+    torch.testing.assert_close(solve(once, x0 + 1, s, s, 1.0, noise), x)
+
+
+@pytest.mark.parametrize(
+    ("name", "eta", "kept"),
+    [
+        ("er_sde", 0.0, True),
+        ("er_sde", 0.01, False),
+        ("sde_dpm_2", 0.01, False),
+        ("euler_maruyama", 0.01, False),
+        ("euler_maruyama", 0.0, True),
+        ("ddim_eta", 0.99, True),
+        ("ddim_eta", 1.0, False),
+    ],
+)
+def test_what_a_step_from_pure_noise_keeps_of_the_state(name, eta, kept):
+    """x_u = alpha_u x0 + sigma_u z from s = 1 as soon as eta > 0; linear eta keeps sigma_u sqrt(1 - eta^2) of it."""
+    assert keeps_state(name, 1.0, 0.98, eta) == kept
+    assert keeps_state(name, 0.98, 0.97, eta)

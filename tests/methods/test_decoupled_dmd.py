@@ -90,7 +90,11 @@ def calls(method: DecoupledDMD, step: int, batch: Batch | None = None) -> dict[s
             continue
         rows = seen.setdefault(role.name, [])
         network = getattr(method, role.name).module
-        hooks.append(network.register_forward_hook(lambda _m, _a, out, rows=rows: rows.append(len(out[0]))))
+        hooks.append(  # before the call: one for features ends early
+            network.register_forward_pre_hook(
+                lambda _m, _a, named, rows=rows: rows.append(len(named["sample"])), with_kwargs=True
+            )
+        )
     only(method, step, batch)
     for hook in hooks:
         hook.remove()

@@ -36,9 +36,11 @@ class Affine(nn.Module):
 
 
 def seat(method: DiffusionMethod, networks: Mapping[str, nn.Module], path: Path | None = None) -> DiffusionMethod:
-    """Gives every role of `method` its network: frozen roles frozen, all others tuned in full."""
+    """Gives the roles of `method` that are named here their networks: frozen roles frozen, all others tuned in full."""
     handles = {}
     for role in method.roles():
+        if role.name not in networks:
+            continue
         module = networks[role.name]
         tune = "frozen" if role.tune == "frozen" else "full"
         module.requires_grad_(tune == "full")

@@ -153,6 +153,11 @@ class DecoupledDMD(DiffusionMethod):
         return self.fakes * fake + ("discriminator",) * gan
 
     @property
+    def judged(self) -> bool:
+        """Whether the discriminator plays along in this stage."""
+        return self.config.regularised_by("gan")
+
+    @property
     def fakes(self) -> tuple[str, ...]:
         """One fake model, or one for each distinct level: a shared one makes only the mixture over levels match."""
         return (
@@ -218,14 +223,15 @@ class DecoupledDMD(DiffusionMethod):
         losses = {branch: pull(x0, direction) for branch, direction in directions.items()}
         if self.config.regularised_by("meanvar"):
             losses["meanvar"] = mean_variance_rows(x0, self.moments.mean, self.moments.var)
-        if self.config.regularised_by("gan"):
+        if self.judged:
             losses["gan"] = generator_rows(self.logits(u, [self.noised(x0, draw.within("gan"))], [c])[0])
         return Update("student", losses, metrics={"x0_std": x0.detach().flatten(1).std(1, correction=0), **metrics})
 
     def critic_update(self, x0: Tensor, u: float, batch: Batch, draw: Draw) -> Update:
         """x0 [rows, ...] without graph: the fake model denoises it, the discriminator tells it from real samples."""
         losses: dict[str, Tensor] = {}
-        critics = tuple(name for name in self.critics if name in (self.fake_name(u), "discriminator"))
+        seated = (self.fake_name(u), "discriminator" if self.judged else "")
+        critics = tuple(name for name in self.critics if name in seated)
         if self.fake_name(u) in critics:
             inner = draw.within("fake")
             t, eps = self.student.path.time(inner.uniform("u")), inner.normal("eps", *x0.shape[1:])

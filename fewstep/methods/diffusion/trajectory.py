@@ -7,6 +7,7 @@ is added to the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -33,7 +34,9 @@ class TrajectoryConfig(MethodConfig):
 
     steps: tuple[int, ...] = Field(default=(1, 2, 4, 8), description="numbers of steps the student is meant for")
     levels: int | None = Field(default=None, gt=0, description="of the grid; null: 50 on DDPM tables, 48 on flow paths")
-    skip: float | None = Field(default=None, gt=0, lt=1, description="clock from a level to its target; null: one level")
+    skip: float | None = Field(
+        default=None, gt=0, lt=1, description="clock from a level to its target; null: one level"
+    )
     guidance_scale: float | tuple[float, float] = Field(
         default=(3.0, 15.0), description="of the teacher: a number, or the range that each row draws from"
     )
@@ -103,7 +106,11 @@ class TrajectoryMethod(DiffusionMethod):
         """A level of the grid for each row, all equally likely, and the clock value below it."""
         grid = torch.tensor(self.grid(), dtype=torch.float64, device=draw.device)
         u = grid[draw.integers("level", len(grid))]
-        return Interval(u, below(u, self.path, self.levels, self.config.skip))
+        return Interval(u, below(u, self.path, self.levels, self.skip(draw.step)))
+
+    def skip(self, step: int) -> float | None:
+        """Clock from a level to its target at this step of training; None: one level."""
+        return self.config.skip
 
     def noised(self, x0: Tensor, u: Tensor, draw: Draw) -> Tensor:
         """x_t = (1 - t) x0 + t eps at clock values u [rows]."""
@@ -122,7 +129,10 @@ class TrajectoryMethod(DiffusionMethod):
 
     def told(self, cond: Cond, guidance: Tensor | float) -> Cond:
         """What the student is told: the condition, and the guidance when it has that input."""
-        return cond.with_(guidance=guidance) if self.config.embedded else cond
+        if not self.config.embedded:
+            return cond
+        assert isinstance(guidance, Tensor)
+        return cond.with_(guidance=guidance)
 
     def f(self, role: Denoiser, x: Tensor, u: Tensor, cond: Cond) -> Tensor:
         """The consistency function of `role` at clock values u [rows]."""
@@ -134,7 +144,7 @@ class TrajectoryMethod(DiffusionMethod):
         """Where the guided teacher takes x from u to u_next: one DDIM step."""
         return walk(x, *at, self.path, self.guided(cond, guidance), ode_step, substeps=1)
 
-    def guided(self, cond: Cond, guidance: Tensor | float):  # type: ignore[no-untyped-def]
+    def guided(self, cond: Cond, guidance: Tensor | float) -> Callable[[Tensor, Tensor], Tensor]:
         """The teacher's guided clean prediction as a function of (x, t)."""
         return lambda x, t: guided_x0(self.teacher, x, t, cond, guidance)
 
@@ -163,9 +173,13 @@ class TrajectoryMethod(DiffusionMethod):
                 f"config.levels={self.levels} is no multiple of {steps} steps, so sampling would visit untrained levels"
             )
         u = pick(self.grid(), steps)
-        embedded, scale = self.config.embedded, self.config.guidance_scale
-        fed = 1.0 if not embedded else self.config.sample_guidance or sum(scale) / 2
-        return Schedule(kind, u, guidance=fed, embedded=embedded, origin=self.levels if len(u) < self.levels else None)
+        origin = self.levels if len(u) < self.levels else None
+        return Schedule(kind, u, guidance=self.fed_guidance(), embedded=self.config.embedded, origin=origin)
+
+    def fed_guidance(self) -> float:
+        """What the student is told when sampled; 1 when it has no such input."""
+        scale = self.config.guidance_scale
+        return 1.0 if not self.config.embedded else self.config.sample_guidance or sum(scale) / 2
 
     def steps_offered(self) -> tuple[int, ...]:
         """As configured."""

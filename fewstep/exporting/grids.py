@@ -1,0 +1,47 @@
+"""What a scheduler feeds the network and steps from, read from the object itself, and what a student was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..maths.paths import Path
+
+OWN = "fewstep_pipelines:FewStepClassPipeline"
+Pairs = list[tuple[float, float]]
+
+
+def passes_sigmas(pipeline: str, scheduler: Any) -> bool:
+    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... and not the number N alone."""
+    return pipeline == OWN.split(":")[1] and type(scheduler).__name__.startswith("FlowMatch")
+
+
+def grid(scheduler: Any, pipeline: str, steps: int) -> Pairs:
+    """[(label fed, flow time stepped from)] of a `steps`-step run, read from the scheduler after `set_timesteps`."""
+    if passes_sigmas(pipeline, scheduler):
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
+    labels = scheduler.timesteps
+    if is_flow(scheduler):
+        return list(zip(labels.tolist(), scheduler.sigmas[: len(labels)].tolist()))
+    abar = scheduler.alphas_cumprod.double()[labels.long()]
+    return list(zip(labels.tolist(), torch.sigmoid((torch.log1p(-abar) - torch.log(abar)) / 2).tolist()))
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler object (or its config's class) steps in flow times."""
+    return type(scheduler).__name__.startswith("Flow") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def trained_pairs(path: Path, u: Sequence[float]) -> Pairs:
+    """[(label fed, flow time)] at clock values u, as rollouts feed them."""
+    return [(path.timestep(path.time(level)), path.time(level)) for level in u]
+
+
+def same_pairs(ours: Pairs, theirs: Pairs) -> bool:
+    """Equal up to float32: labels to 1e-3 of 1000, flow times to 1e-5."""
+    close = (abs(a[0] - b[0]) < 1e-3 and abs(a[1] - b[1]) < 1e-5 for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(close)

@@ -1,0 +1,132 @@
+"""Scalars that a network learns to read: a duration, a guidance scale. Their values are part of the call.
+
+    attach(module, ("delta", "guidance"), "time_embedding")       # equals what it was, for every value
+    with feeding(module, Cond(label=y, delta=d, guidance=g)):     # what a Denoiser does in every call
+        module(x, timestep, class_labels=y)
+    stock = folded(module, {"delta": 1.0, "guidance": 4.0})       # the values for good, no extra input left
+
+The network keeps its class: each scalar goes through sinusoids and two layers, and what comes out is added to the output
+of the time embedding by a forward hook. The parameters are the submodule `extra_inputs`, so that they train, average
+and save with the network.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+_VALUES: ContextVar[Mapping[str, Tensor] | None] = ContextVar("fewstep_extra_inputs", default=None)
+NAME = "extra_inputs"
+FEATURES, SLOWEST, FASTEST = 256, 0.5, 32.0
+SCALE = {"guidance": 0.1}  # brings the usual values of an input to about 0..1
+
+
+class ExtraInputs(nn.Module):
+    """The sum over inputs of W2 silu(W1 [sin(f s), cos(f s)] + b1) + b2, with W2 = b2 = 0 before training: [rows, width].
+
+    The 128 frequencies f grow from 0.5 to 32 radians: a network that is differentiated in the scalar wants smooth
+    features, and the thousand radians of a timestep embedding would make the derivative the loudest thing in it.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, names: Sequence[str], width: int):
+        super().__init__()
+        self.names = tuple(names)
+        self.embeddings = nn.ModuleDict({name: _embedding(width) for name in self.names})
+        steps = torch.linspace(0, 1, FEATURES // 2)
+        self.register_buffer("frequencies", SLOWEST * (FASTEST / SLOWEST) ** steps, persistent=False)
+
+    def forward(self, values: Mapping[str, Tensor]) -> Tensor:
+        """values: each input [rows]."""
+        return torch.stack([self._embedded(name, values[name]) for name in self.names]).sum(0)
+
+    def _embedded(self, name: str, value: Tensor) -> Tensor:
+        angle = (SCALE.get(name, 1.0) * value.to(self.frequencies.dtype))[:, None] * self.frequencies
+        return self.embeddings[name](torch.cat([angle.sin(), angle.cos()], 1))
+
+    def add(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The forward hook: a method of this module, so that a deep copy of the network hooks its own copy."""
+        return output + self({name: fed(name) for name in self.names}).to(output.dtype)
+
+
+def _embedding(width: int) -> nn.Sequential:
+    last = nn.Linear(width, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), last)
+
+
+def attach(module: nn.Module, inputs: Sequence[str], time_embedding: str) -> nn.Module:
+    """`module` itself, which from now on reads `inputs` from the call; at first they change nothing.
+
+    time_embedding: name, or pattern of names, of the submodules whose output the inputs join.
+    """
+    places = _places(module, time_embedding)
+    last = _last_linear(places[0])
+    extra = ExtraInputs(inputs, last.out_features).to(last.weight)
+    module.add_module(NAME, extra)
+    for place in places:
+        place.register_forward_hook(extra.add)
+    return module
+
+
+@contextmanager
+def feeding(module: nn.Module, cond: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block `module` reads its inputs from `cond`; UserError when one is missing there."""
+    extra = getattr(module, NAME, None)
+    if extra is None:
+        yield
+        return
+    missing = [name for name in extra.names if name not in cond]
+    if missing:
+        raise UserError(f"this network reads '{missing[0]}', which its condition lacks: it has {sorted(cond)}")
+    token = _VALUES.set({name: cond[name] for name in extra.names})
+    try:
+        yield
+    finally:
+        _VALUES.reset(token)
+
+
+def fed(name: str) -> Tensor:
+    """The value [rows] of an input in the call that is running; UserError outside of `feeding`."""
+    values = _VALUES.get()
+    if values is None or name not in values:
+        raise UserError(f"this network reads '{name}': call it through a Denoiser, or export it")
+    return values[name]
+
+
+@torch.no_grad()
+def folded(module: nn.Module, values: Mapping[str, float]) -> nn.Module:
+    """A copy that answers as `module` does at these constant values, and has no extra inputs.
+
+    What the inputs add is then a constant vector: it goes into the last bias of the time embedding.
+    """
+    plain = copy.deepcopy(module)
+    extra = plain.get_submodule(NAME)
+    assert isinstance(extra, ExtraInputs)
+    shift = extra({name: extra.frequencies.new_full((1,), values[name]) for name in extra.names})[0]
+    for place in plain.modules():
+        hooks = [key for key, hook in place._forward_hooks.items() if getattr(hook, "__self__", None) is extra]
+        for key in hooks:
+            del place._forward_hooks[key]
+            _last_linear(place).bias.add_(shift)
+    delattr(plain, NAME)
+    return plain
+
+
+def _places(module: nn.Module, pattern: str) -> list[nn.Module]:
+    return [part for name, part in module.named_modules() if fnmatch.fnmatch(name, pattern)]
+
+
+def _last_linear(place: nn.Module) -> nn.Linear:
+    return [part for part in place.modules() if isinstance(part, nn.Linear)][-1]

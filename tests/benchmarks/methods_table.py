@@ -1,0 +1,147 @@
+"""Methods side by side on the shipped digits teacher, each by its own recipe, scored alike.
+
+    python tests/benchmarks/methods_table.py consistency [--steps 600] [--seeds 1] [--only scott] [--out runs/consistency]
+    python tests/benchmarks/methods_table.py one_step
+
+Each row trains in a process of its own, exports, and is scored at 1, 2, 4 and 8 steps as far as it offers them: fid,
+precision, recall, diversity (mean feature distance within a class), reward (log-probability of the asked class) and
+high_frequency (1 = as in real images), with the seconds of training a thousand steps and the process's peak memory.
+Rows are appended to OUT/table.jsonl, so a stopped run goes on where it was; `--show` prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fewstep.engine.trainer import train
+from fewstep.evaluation.evaluate import evaluate
+from fewstep.models.folder import card
+from fewstep.recipe import load_recipe
+from fewstep.resources import asset, config
+
+METRICS = ("fid", "prdc", "diversity", "reward", "high_frequency")
+COLUMNS = ("fid", "precision", "recall", "diversity", "reward", "high_frequency")
+STEPS = (1, 2, 4, 8)
+TIMES = "beta x "  # in a row's name: its reward weighs so many times what the recipe says
+PLAIN = ("config.adversarial=null",)
+Rows = dict[str, tuple[str, tuple[str, ...]]]
+TABLES: dict[str, Rows] = {
+    "consistency": {
+        "LCM": ("lcm/digits", ()),
+        "CM": ("consistency/digits", ()),
+        "PCM, 4 phases": ("pcm/digits", ()),
+        "SCott eta 0": ("scott/digits", ("config.eta=0", *PLAIN)),
+        "SCott eta 0.3": ("scott/digits", ("config.eta=0.3", *PLAIN)),
+        "SCott eta 1": ("scott/digits", ("config.eta=1", *PLAIN)),
+        "SCott eta 0, adversarial": ("scott/digits", ("config.eta=0",)),
+        "SCott eta 0.3, adversarial": ("scott/digits", ("config.eta=0.3",)),
+        "SCott eta 1, adversarial": ("scott/digits", ("config.eta=1",)),
+        "RG-LCD beta 0": ("rg_lcd/digits", ("config.weights.reward=0",)),
+        "RG-LCD direct": ("rg_lcd/digits", ()),
+        "RG-LCD direct, beta x 10": ("rg_lcd/digits", ()),
+        "RG-LCD proxy": ("rg_lcd/digits_proxy", ()),
+        "RG-LCD proxy, beta x 10": ("rg_lcd/digits_proxy", ()),
+    },
+    "one_step": {
+        "Decoupled DMD": ("decoupled_dmd/digits", ("config.steps=1", "config.fake_per_level=false")),
+        "DMD2": ("dmd2/digits", ()),
+        "SiD": ("sid/digits", ()),
+        "SiDA": ("sid/digits", ("config.adversarial=true", "data.train={source: digits}")),
+        "FreeFlow": ("freeflow/digits", ()),
+    },
+}
+
+
+def overrides_of(table: str, name: str) -> tuple[Path, tuple[str, ...]]:
+    """The recipe file of a row, and its overrides."""
+    recipe, overrides = TABLES[table][name]
+    file = config(f"{recipe}.yaml")
+    if TIMES in name:
+        beta = load_recipe(file).build_method().config.weights["reward"]
+        overrides = (*overrides, f"config.weights.reward={float(name.split(TIMES)[1]) * beta}")
+    return file, overrides
+
+
+def scored(model: Path, steps: int) -> dict[str, float]:
+    """The columns of a model folder at so many steps."""
+    scores = evaluate(model, METRICS, features="digits-cnn", reference="digits", reward="classifier", steps=steps)
+    return {"steps": steps, "nfe": scores["nfe"], **{key: scores["values"][key] for key in COLUMNS}}
+
+
+def rows_of(table: str, name: str, steps: int | None, seed: int, out: Path) -> Iterator[dict[str, Any]]:
+    """Trains one row and scores it at each number of steps that it offers."""
+    if name == "teacher":
+        yield from ({"row": name, "seed": 0, **scored(asset("teachers/digits"), n)} for n in (50, *reversed(STEPS)))
+        return
+    file, overrides = overrides_of(table, name)
+    folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = (f"train.seed={seed}", "preview=null", "train.check_export=false")
+    length = () if steps is None else (f"train.steps={steps}",)
+    began = time.monotonic()
+    run = train(file, folder, (*overrides, *settings, *length), show=False)
+    seconds = time.monotonic() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    facts = {"seconds": seconds, "per_1000": 1000 * seconds / run.steps, "updates": run.steps, "peak_mb": memory}
+    offered = [n for n in STEPS if n in card(run.model)["steps"]]
+    yield from ({"row": name, "seed": seed, **facts, **scored(run.model, n)} for n in offered)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """What is measured so far."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a row and number of steps, means over seeds."""
+    columns = (*COLUMNS, "per_1000", "peak_mb")
+    lines = [f"| method | NFE | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+    for name, steps in dict.fromkeys((r["row"], r["steps"]) for r in rows):
+        group = [r for r in rows if (r["row"], r["steps"]) == (name, steps)]
+        means = [sum(r[c] for r in group) / len(group) if c in group[0] else None for c in columns]
+        numbers = ["" if m is None else f"{m:.4f}" if abs(m) < 10 else f"{m:.0f}" for m in means]
+        lines.append(f"| {name} | {group[0]['nfe']:g} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing, a process a row, and prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--steps", type=int, help="in place of each recipe's own length")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--row", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
+    said = parser.parse_args()
+    out = said.out or Path("runs") / said.table
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "table.jsonl"
+    if said.row:
+        new = list(rows_of(said.table, said.row[0], said.steps, int(said.row[1]), out))
+        with file.open("a") as log:
+            log.writelines(json.dumps(row) + "\n" for row in new)
+        return
+    names = [name for name in ("teacher", *TABLES[said.table]) if said.only.lower() in name.lower()]
+    for name, seed in [(n, s) for n in names for s in range(1 if n == "teacher" else said.seeds)]:
+        if said.show or any((r["row"], r["seed"]) == (name, seed) for r in read(file)):
+            continue
+        length = [] if said.steps is None else ["--steps", str(said.steps)]
+        here = [sys.executable, __file__, said.table, "--out", str(out), *length]
+        subprocess.run([*here, "--row", name, str(seed)], check=True)
+        print(shown([r for r in read(file) if (r["row"], r["seed"]) == (name, seed)]), flush=True)
+    print(shown(read(file)))
+
+
+if __name__ == "__main__":
+    main()

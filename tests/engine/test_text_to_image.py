@@ -1,0 +1,83 @@
+"""The whole path for text to image: captions, encoders, training, export, and the stock pipeline in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.engine.exporting import check_export, export_run
+from fewstep.engine.trainer import Trainer
+from fewstep.errors import UserError
+from fewstep.models.folder import card
+from fewstep.recipe import load_recipe
+from fewstep.resources import config
+from tests.data.tiny_captions import tiny_captions
+from tests.models.tiny_sd import tiny_sd
+
+SMALL = [
+    "train.steps=3",
+    "train.batch=4",
+    "train.micro_batch=2",
+    "train.save_every=null",
+    "train.precision=fp32",
+    "preview=null",
+    "student.optimizer.lr=1e-3",
+    "student.optimizer.warmup=0",
+]
+METHODS = {
+    "scott": ["heads.optimizer.lr=1e-3"],
+    "rg_lcd": ["config.reward={linear: {direction: brightness}}", "validate=null"],
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """A tiny pipeline and captioned pictures."""
+    root = tmp_path_factory.mktemp("text_to_image")
+    return {"teacher": tiny_sd(root / "teacher"), "captions": tiny_captions(root / "captions")}
+
+
+def trained(method: str, places: dict[str, Path], out: Path) -> Trainer:
+    """The method's SD1.5 recipe, run for three steps on tiny weights of the same classes."""
+    where = [f"teacher.from={places['teacher']}", f"data.train.path={places['captions']}", "data.train.size=16"]
+    recipe = load_recipe(config(f"{method}/sd15.yaml"), [*where, *SMALL, *METHODS[method]])
+    trainer = Trainer(recipe, out, show=False)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_stock_pipeline_makes_the_trainers_images_in_a_fresh_process(method, places, tmp_path):
+    """A w-embedded student on an eps-prediction teacher: LCMScheduler on the 50 grid, guidance_scale fed to the network."""
+    trainer = trained(method, places, tmp_path / "run")
+    model = export_run(trainer)  # reloads it in a fresh process already, and raises when the images differ
+    said = card(model)
+    assert said["pipeline"] == "StableDiffusionPipeline" and said["remote_code"] is None
+    assert json.loads((model / "scheduler/scheduler_config.json").read_text())["original_inference_steps"] == (
+        1000 if method == "scott" else 50
+    )
+    assert said["schedule"]["embedded"] and said["nfe"] == 8
+    assert check_export(trainer.method, model, rows=3, seed=5) < 1e-3
+
+
+def test_training_changes_the_images(places, tmp_path):
+    """What is compared above is the student's doing, not the teacher's."""
+    trainer = trained("rg_lcd", places, tmp_path / "run")
+    method: Any = trainer.method
+    moved = method.samples(2, 0)
+    for p, kept in zip(method.student.ema.values(), method.teacher.module.parameters()):
+        p.copy_(kept) if p.shape == kept.shape else None
+    assert (method.samples(2, 0) - moved).abs().max() > 1e-3
+
+
+def test_without_a_vae_the_run_ends_before_it_starts(places, tmp_path):
+    """RG-LCD decodes: a teacher folder without vae/ is refused in one line."""
+    teacher = shutil.copytree(places["teacher"], tmp_path / "teacher")
+    shutil.rmtree(teacher / "vae")
+    with pytest.raises(UserError, match="has no vae/: copy the pipeline's vae folder there"):
+        trained("rg_lcd", {**places, "teacher": teacher}, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
