@@ -88,7 +88,8 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     recipe = load_recipe(folder / "recipe.yaml")
     saved = checkpoint.load(root / f"step-{step if step is not None else done[-1]}")
     method = recipe.build_method()
-    roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or r.tune == "frozen"]
+    # frozen parts that the method builds (judges) are in no model: their weights need not be here any more
+    roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or (r.tune == "frozen" and r.build is None)]
     handles = assemble(roles, recipe.roles, recipe.train.seed)
     method.bind(handles, dressed({name: make_source(config) for name, config in recipe.data.items()}, handles), {})
     meet_export(method, handles)

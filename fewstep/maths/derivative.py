@@ -17,9 +17,7 @@ How = Literal["jvp", "central", "backward"]
 Function = Callable[[Tensor], Tensor]
 
 
-def derivative(
-    f: Function, at: Tensor, how: How = "jvp", h: float = 5e-3, high: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def derivative(f: Function, at: Tensor, how: How = "jvp", h: float = 5e-3, high: float = 1.0) -> tuple[Tensor, Tensor]:
     """(f(s), df/ds) at s = `at` [rows], both [rows, ...] and without a graph; row i of f depends on s_i alone.
 
     jvp: exact, one forward-mode pass of tangent 1, about two forwards. central: (f(s+h) - f(s-h)) / 2h, three forwards,

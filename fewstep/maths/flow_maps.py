@@ -19,17 +19,19 @@ from .solvers import heun_step
 Solver = Literal["euler", "heun"]
 
 
-def flow_map(student: Denoises, start: Tensor, delta: Tensor, cond: Any) -> Tensor:
-    """f(z, delta) = z - delta V(z, delta), the student's state at t_max - delta; one network call.
+def flow_map(student: Denoises, start: Tensor, delta: Tensor, cond: Any, t: float | None = None) -> Tensor:
+    """f(z, delta) = z - delta V(z, delta), the student's state at t - delta; one network call.
 
-    start: path.start(z) [rows, ...]; delta [rows] in 0 .. t_max, which the network reads as `cond.delta`.
+    start: state [rows, ...] at time t (default: path.start(z) at t_max); delta [rows] in 0 .. t, which the network
+    reads as `cond.delta`.
     """
-    return start - expand(delta, start) * map_velocity(student, start, delta, cond)
+    return start - expand(delta, start) * map_velocity(student, start, delta, cond, t)
 
 
-def map_velocity(student: Denoises, start: Tensor, delta: Tensor, cond: Any) -> Tensor:
-    """V(z, delta) [rows, ...]: the student at t_max, told delta."""
-    return student.velocity(start, torch.full_like(delta, student.path.t_max), cond.with_(delta=delta))
+def map_velocity(student: Denoises, start: Tensor, delta: Tensor, cond: Any, t: float | None = None) -> Tensor:
+    """V(z, delta) [rows, ...]: the student at t (default: t_max), told delta."""
+    t = student.path.t_max if t is None else t
+    return student.velocity(start, delta.new_full((len(start),), t), cond.with_(delta=delta))
 
 
 @torch.no_grad()

@@ -79,6 +79,13 @@ class Denoiser:
         around = self.handle.around
         return self.family.null(self.handle.module, cond) if around is None else around.null(cond)
 
+    def dropped(self, cond: Cond, drop: Tensor) -> Cond:
+        """`cond` with the null condition in the rows where `drop` [rows] is true; an empty condition stays empty."""
+        if not len(cond):
+            return cond
+        null = self.null(cond)
+        return Cond(**{n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), null[n], c) for n, c in cond.items()})
+
     def decode(self, x0: Tensor) -> Tensor:
         """Images in [-1, 1] of clean samples; pixel networks make images themselves. Gradients flow through."""
         return x0 if self.handle.around is None else self.handle.around.decode(x0)

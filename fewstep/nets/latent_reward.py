@@ -5,7 +5,7 @@
     loss = preference_rows(scale * cosines, expert_logits)
 
 A student may then follow the proxy's gradient: no decoder in its backward pass, and no derivative of the expert
-(RG-LCD, arXiv 2403.11027, section 4.2). The paper's condition tower is a text transformer of CLIP's; here it is an attention
+(RG-LCD, arXiv 2403.11027). The paper's condition tower is a text transformer of CLIP's; here it is an attention
 pool and an MLP on the states of the pipeline's own frozen text encoder, or an embedding of class labels.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +31,7 @@ from ..resources import locate
 if TYPE_CHECKING:
     from ..roles import Handle
 
-PAIRS, TRUTH = ((0, 1), (0, 2), (1, 2)), 2  # of (student's prediction, consistency target, ground truth)
+TRUTH = 2  # place among (student's prediction, consistency target, ground truth, the neighbour's)
 WEIGHTS = "proxy.role.safetensors"  # as checkpoints of a run with the role `proxy` hold it
 HIGHEST_SCALE = 100.0
 HEAD = 64  # width of an attention head
@@ -47,6 +48,9 @@ class ProxySpec(BaseModel):
     loss: Literal["kl", "cross_entropy"] = "kl"
     smooth_gt_label: bool = Field(
         default=False, description="a made latent that the expert ranks above the true one counts as its equal"
+    )
+    contrast: bool = Field(
+        default=True, description="a fourth latent, the true one of the neighbouring row; else the paper's three"
     )
     expert_scale: float | None = Field(
         default=None, gt=0, description="this times the reward is the expert's logit; null: the reward's own scale"
@@ -155,17 +159,24 @@ class PromptTower(nn.Module):
         return self.leave(self.pool(query, words, words, need_weights=False)[0][:, 0])
 
 
-def preference_rows(proxy: Tensor, expert: Tensor, loss: str = "kl", smooth_gt_label: bool = False) -> Tensor:
-    """sum over the pairs (i, j) of D( softmax(E_i, E_j) || softmax(P_i, P_j) ), [rows], from logits [3, rows].
+def neighbours(rows: Tensor) -> Tensor:
+    """Rows 2j and 2j + 1 changed about; the last of an odd number stays. Within a pair, so micro-batches do not matter."""
+    order = torch.arange(len(rows), device=rows.device) ^ 1
+    return rows[order.clamp(max=len(rows) - 1)]
 
-    The three are the student's prediction, its target and the ground truth, so pairs never mix conditions. Only
-    differences of logits matter; its gradient in P sums to zero over the three. D: KL ("kl"), or the cross entropy to
-    the one that the expert prefers, halves for a tie ("cross_entropy"). smooth_gt_label: where the expert prefers a
-    made latent to the ground truth, its distribution over that pair becomes (1/2, 1/2).
+
+def preference_rows(proxy: Tensor, expert: Tensor, loss: str = "kl", smooth_gt_label: bool = False) -> Tensor:
+    """sum over the pairs (i, j) of D( softmax(E_i, E_j) || softmax(P_i, P_j) ), [rows], from logits [k, rows].
+
+    The k latents, all judged for the row's own condition, are the student's prediction, its target, the ground truth and
+    perhaps a neighbour's: pairs never mix conditions. Only differences of logits matter; the gradient in P sums to zero
+    over the k. D: KL ("kl"), or the cross entropy to the one that the expert prefers, halves for a tie
+    ("cross_entropy"). smooth_gt_label: where the expert prefers a made latent to the ground truth, its distribution over
+    that pair becomes (1/2, 1/2).
     """
     divergence = DIVERGENCES[loss]
     rows = []
-    for i, j in PAIRS:
+    for i, j in combinations(range(len(proxy)), 2):
         theirs = torch.stack((expert[i], expert[j]), -1)
         if smooth_gt_label and j == TRUTH:
             theirs = theirs.masked_fill((expert[i] > expert[j])[:, None], 0.0)

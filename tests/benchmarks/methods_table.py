@@ -47,9 +47,10 @@ TABLES: dict[str, Rows] = {
         "SCott eta 1, adversarial": ("scott/digits", ("config.eta=1",)),
         "RG-LCD beta 0": ("rg_lcd/digits", ("config.weights.reward=0",)),
         "RG-LCD direct": ("rg_lcd/digits", ()),
-        "RG-LCD direct, beta x 10": ("rg_lcd/digits", ()),
+        "RG-LCD direct, beta x 20": ("rg_lcd/digits", ()),
+        "RG-LCD direct, reward-free target, beta x 20": ("rg_lcd/digits", ("config.clean_target=true",)),
         "RG-LCD proxy": ("rg_lcd/digits_proxy", ()),
-        "RG-LCD proxy, beta x 10": ("rg_lcd/digits_proxy", ()),
+        "RG-LCD proxy, beta x 20": ("rg_lcd/digits_proxy", ()),
     },
     "one_step": {
         "Decoupled DMD": ("decoupled_dmd/digits", ("config.steps=1", "config.fake_per_level=false")),

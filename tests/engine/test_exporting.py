@@ -132,3 +132,19 @@ def _here(folder: Path, said: dict[str, Any], given: dict[str, torch.Tensor], pr
 def _images(folder: Path) -> torch.Tensor:
     draw = addresses(Draw.for_images(0, range(1)))
     return _here(folder, card(folder), {f"noise.{i}": draw(i, (1, 4, 8, 8)) for i in range(2)}, ["a cat"])
+
+
+def test_a_finished_run_is_exported_without_its_judge(tmp_path, monkeypatch):
+    """The reward's weights may be gone by then: nothing of it is in the model."""
+    recipe = {
+        "method": "rg_lcd",
+        "teacher": {"from": "unet2d", "build": TINY_UNET},
+        "config": {"guidance_scale": 1.0, "steps": [1], "reward": "linear"},
+        "data": {"train": {"source": "digits"}},
+        "train": {"steps": 1, "batch": 2, "check_export": False},
+    }
+    trainer = Trainer(load_recipe(recipe), tmp_path / "run", show=False)
+    trainer.run()
+    monkeypatch.setattr("fewstep.methods.diffusion.rg_lcd.make_reward", None)
+    model = export(tmp_path / "run", tmp_path / "model")
+    assert card(model)["method"] == "rg_lcd"

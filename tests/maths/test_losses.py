@@ -15,6 +15,7 @@ from fewstep.maths.losses import (
     l1_rows,
     mean_variance_rows,
     mse_rows,
+    pseudo_huber_norm_rows,
     pseudo_huber_rows,
     pull,
 )
@@ -57,6 +58,23 @@ def test_pseudo_huber_keeps_its_digits_for_small_errors_in_float32():
     error = torch.full((1, 4), 1e-6)
     assert pseudo_huber_rows(error, torch.zeros(1, 4), 0.001).item() == pytest.approx(5e-10, rel=1e-5)
     assert pseudo_huber_rows(error * 0, error * 0, 0.001).item() == 0.0
+
+
+def test_pseudo_huber_norm_has_one_kink_a_row(pair):
+    """sqrt(|a - b|^2 + c^2) - c over the whole row, which is 0 at agreement and |a - b| - c far away."""
+    a, b = pair
+    distance = (a - b).flatten(1).norm(dim=1)
+    assert torch.allclose(pseudo_huber_norm_rows(a, b, 0.3), (distance**2 + 0.09).sqrt() - 0.3)
+    assert torch.allclose(pseudo_huber_norm_rows(1e6 * a, 1e6 * b, 0.3), 1e6 * distance - 0.3)
+    assert torch.equal(pseudo_huber_norm_rows(a, a, 0.3), torch.zeros(len(a), dtype=a.dtype))
+
+
+def test_margin_generator_stops_beyond_one():
+    """relu(1 - D(fake))."""
+    fake = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    rows = generator_rows(fake, "margin")
+    rows.sum().backward()
+    assert rows.tolist() == [2.0, 0.5, 0.0] and fake.grad.tolist() == [-1.0, -1.0, 0.0]
 
 
 def test_cosine_is_zero_along_and_two_against(pair):

@@ -295,3 +295,17 @@ class TestHeun:
         exact, x = oracle.Gaussian(), normal(2, 3)
         rows = heun_step(exact.velocity, x, torch.full((2,), 0.8, dtype=F64), 0.5)
         assert torch.allclose(rows, heun_step(exact.velocity, x, 0.8, 0.5), atol=1e-15)
+
+    def test_rows_may_end_at_times_of_their_own(self, oracle, normal):
+        """Each as if alone; one that ends at 0 is an Euler step, and the network is never asked at 0."""
+        exact, x, asked = oracle.Gaussian(), normal(3, 4), []
+
+        def velocity(y, t):
+            asked.append(t.min().item())
+            return exact.velocity(y, t)
+
+        t, t_next = torch.tensor([1.0, 0.8, 0.3], dtype=F64), torch.tensor([0.7, 0.5, 0.0], dtype=F64)
+        rows = heun_step(velocity, x, t, t_next)
+        alone = [heun_step(exact.velocity, x[i : i + 1], t[i].item(), t_next[i].item()) for i in range(3)]
+        assert torch.allclose(rows, torch.cat(alone), atol=1e-15)
+        assert min(asked) == 0.3

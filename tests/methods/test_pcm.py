@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_the_sampler_goes_from_edge_to_edge(path, phases):
     method = pcm(path, steps=(phases,), **PLAIN)
     at = method.place(draw(4000))
     visited = [*method.schedule().u, 0.0]
-    for top, edge in itertools.pairwise(visited):
+    for top, edge in pairwise(visited):
         inside = (at.top - top).abs() < 1e-12
         assert inside.float().mean().item() == pytest.approx(1 / phases, abs=0.05)
         assert (at.edge[inside] - edge).abs().max() < 1e-12

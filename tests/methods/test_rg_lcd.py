@@ -189,22 +189,23 @@ class Remembering(Mean):
         return super().score(images, asked)
 
 
-def test_proxy_learns_from_prediction_target_and_truth_of_the_same_rows():
-    """E and P for [prediction; target; x0] under the captions, in one order; the proxy alone is trained."""
+@pytest.mark.parametrize("contrast", [False, True])
+def test_proxy_learns_from_latents_that_are_all_judged_for_the_row_s_own_condition(contrast):
+    """E and P of [prediction; target; x0] and, with contrast, of the neighbour's x0: latents move, captions never do."""
     expert = Remembering(differentiable=False)
-    method = proxied(expert=expert, proxy={"expert_scale": 40.0, "loss": "kl"})
+    method = proxied(expert=expert, proxy={"expert_scale": 40.0, "contrast": contrast})
     prediction, target, batch = torch.randn(ROWS, 2), torch.randn(ROWS, 2), rows()
     update = method.proxy_update(prediction, target, batch)
-    latents = torch.cat([prediction, target, batch.x0])
+    shown = [prediction, target, batch.x0] + ([batch.x0[[1, 0, 3, 2, 5, 4]]] if contrast else [])
     images, asked = expert.seen
-    torch.testing.assert_close(images, method.images(latents))
-    assert asked.labels.tolist() == batch.cond["label"].tolist() * 3
-    cosines, scale = method.proxy(latents, batch.cond)
-    expected = preference_rows(scale * cosines, 40 * expert(images, asked).reshape(3, ROWS))
+    torch.testing.assert_close(images, method.images(torch.cat(shown)))
+    assert asked.labels.tolist() == batch.cond["label"].tolist() * len(shown)
+    cosines, scale = method.proxy(torch.cat(shown), batch.cond)
+    judged = expert(images, asked).reshape(len(shown), ROWS)
     assert update.roles == "proxy"
-    torch.testing.assert_close(update.losses["proxy"], expected)
-    torch.testing.assert_close(update.metrics["reward"], expert(images, asked)[:ROWS])
-    torch.testing.assert_close(update.metrics["reward_data"], expert(images, asked)[2 * ROWS :])
+    torch.testing.assert_close(update.losses["proxy"], preference_rows(scale * cosines, 40 * judged))
+    torch.testing.assert_close(update.metrics["reward"], judged[0])
+    torch.testing.assert_close(update.metrics["reward_data"], judged[2])
 
 
 def test_proxy_learns_before_the_student_listens():

@@ -73,7 +73,9 @@ def test_constant_inputs_fold_into_a_network_without_them(family, sizes):
     module = network(family, sizes, trained=True)
     stock = folded(module, {"delta": 1.0, "guidance": 4.0})
     expected = run(family, module, cond(1.0, 4.0))
-    torch.testing.assert_close(run(family, stock, cond()), expected, rtol=0, atol=1e-6 * (1 + expected.detach().abs().max().item()))
+    torch.testing.assert_close(
+        run(family, stock, cond()), expected, rtol=0, atol=1e-6 * (1 + expected.detach().abs().max().item())
+    )
     assert type(stock) is type(module)
     assert set(stock.state_dict()) == set(family.build(**sizes).module.state_dict())
     assert hasattr(module, "extra_inputs"), "folding must not touch the network it copies"

@@ -1,4 +1,4 @@
-"""The latent proxy reward model: its loss (RG-LCD, arXiv 2403.11027, section 4.2) and its towers."""
+"""The latent proxy reward model: its loss (RG-LCD, arXiv 2403.11027) and its towers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fewstep.nets.latent_reward import (
     LatentReward,
     PromptTower,
     ProxySpec,
+    neighbours,
     preference_rows,
 )
 from fewstep.roles import Handle, Role, RoleSpec
@@ -107,6 +108,22 @@ def test_cross_entropy_aims_at_the_preferred_latent_of_each_pair_and_halves_ties
     first = -(log[0, 1][0, 0] + log[0, 2][1, 0] + log[1, 2][1, 0])
     second = -(log[0, 1][:, 1].mean() + log[0, 2][1, 1] + log[1, 2][1, 1])
     torch.testing.assert_close(preference_rows(proxy, expert, "cross_entropy"), torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("rows, order", [(4, [1, 0, 3, 2]), (3, [1, 0, 2]), (1, [0])])
+def test_neighbours_change_places_within_pairs(rows, order):
+    """So a batch cut into micro-batches of even size has the same neighbours."""
+    x = torch.arange(rows)
+    assert neighbours(x).tolist() == order
+    assert rows % 2 or torch.cat([neighbours(part) for part in x.split(2)]).tolist() == order
+
+
+def test_a_fourth_latent_adds_its_three_pairs():
+    """The neighbour's true latent is ranked below each of the other three."""
+    proxy, expert = logits(0), logits(1)
+    four = [torch.cat([part, torch.full((1, 6), -2.0, dtype=torch.float64)]) for part in (proxy, expert)]
+    pairs = [preference_rows(*(part[[i, 3, 3]] for part in four)) / 2 for i in range(3)]  # (i, 3) twice, (3, 3) is 0
+    torch.testing.assert_close(preference_rows(*four), preference_rows(proxy, expert) + sum(pairs))
 
 
 def test_training_on_preferences_recovers_the_expert_s_differences():

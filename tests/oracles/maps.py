@@ -64,9 +64,9 @@ class Polynomial(nn.Module):
         basis = [torch.ones_like(place), place]
         while len(basis) < len(self.gain):
             basis.append(2 * place * basis[-1] - basis[-2])
-        return (torch.stack(basis, 1) @ torch.stack([self.offset, self.gain], 1) * torch.cat([torch.ones_like(x), x], 1)).sum(
-            1, keepdim=True
-        )
+        return (
+            torch.stack(basis, 1) @ torch.stack([self.offset, self.gain], 1) * torch.cat([torch.ones_like(x), x], 1)
+        ).sum(1, keepdim=True)
 
 
 def freeflow(networks: dict[str, nn.Module] | None = None, path: Path | None = None, **config: Any) -> FreeFlow:

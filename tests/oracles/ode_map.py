@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.maths.paths import expand
 from fewstep.methods.base import DiffusionMethod
-from fewstep.models.oracle import GAUSSIAN, MLP, MixtureNet
+from fewstep.models.oracle import GAUSSIAN, GAUSSIAN_MIXTURE, MLP, MixtureNet
 from tests.oracles.harness import backward, batch, draw, updates
 
 MEAN, STD = [0.6, -0.3], 0.5
@@ -70,7 +70,7 @@ def walked_down(method: DiffusionMethod, x: Tensor) -> Tensor:
     This is what f at the top is trained to be: f(x_t, t) = f(x_s, s) at every level, f(x, 0) = x.
     """
     levels = [*method.grid(), 0.0]
-    for u, u_next in itertools.pairwise(levels):
+    for u, u_next in pairwise(levels):
         at = [torch.full((len(x),), v, dtype=torch.float64) for v in (u, u_next)]
         x = method.walked(x, at, batch(len(x)).cond, 1.0, draw(0, len(x)))
     return x
@@ -85,14 +85,10 @@ def bias(method: DiffusionMethod, rows: int = 256) -> float:
 
 # the mixture in the plane
 
-MIXTURE = {"means": [[-1.0, 0.0], [1.0, 0.0], [0.0, 1.2]], "std": [0.25, 0.25, 0.25], "path": None}
-
 
 def mixture() -> MixtureNet:
     """Three Gaussians, exact."""
-    from fewstep.models.oracle import GAUSSIAN_MIXTURE
-
-    return GAUSSIAN_MIXTURE.build(means=MIXTURE["means"], std=MIXTURE["std"]).module
+    return GAUSSIAN_MIXTURE.build(means=[[-1.0, 0.0], [1.0, 0.0], [0.0, 1.2]], std=[0.25, 0.25, 0.25]).module
 
 
 def fitted(net: MixtureNet, steps: int = 600, rows: int = 512) -> nn.Module:

@@ -18,7 +18,7 @@ def true_samples(rows: int, seed: int = 11) -> Tensor:
     return mixture().data(torch.zeros(rows, dtype=torch.long), torch.Generator().manual_seed(seed))
 
 
-def distilled_mixture(method: Any, steps: int = 1500, rows: int = 512) -> tuple[DiffusionMethod, float]:
+def distilled_mixture(method: Any, steps: int = 2500, rows: int = 256) -> tuple[DiffusionMethod, float]:
     """The method with its MLP trained against the exact mixture, and the std of the data."""
     nets = {"teacher": mixture(), "student": fitted(mixture())}
     seat(method, {role.name: nets[role.name] for role in method.roles()}, FlowPath())

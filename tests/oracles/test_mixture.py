@@ -15,10 +15,10 @@ ROWS, PRETRAINING, GENERATOR_STEPS, FAKE_UPDATES = 512, 800, 500, 3
 PARTS = {"means": [[-0.6, -0.2], [0.6, 0.3]], "std": [0.55, 0.4], "weights": [[0.6, 0.4]]}
 
 
-def copy_of(teacher: MixtureNet, generator: torch.Generator) -> torch.nn.Module:
+def copy_of(teacher: MixtureNet, generator: torch.Generator, width: int = 64, depth: int = 3) -> torch.nn.Module:
     """An MLP fitted to the teacher's velocity: what a student is initialised from."""
     torch.manual_seed(0)
-    network, label = MLP.build(width=64, depth=3).module, torch.zeros(ROWS, dtype=torch.long)
+    network, label = MLP.build(width=width, depth=depth).module, torch.zeros(ROWS, dtype=torch.long)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAINING)
     for _ in range(PRETRAINING):

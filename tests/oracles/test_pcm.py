@@ -55,9 +55,9 @@ def test_training_reaches_the_gaussian(phases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phases", [1, 2, 4])
-def test_an_mlp_learns_to_sample_the_mixture(phases):
-    """Sliced W2 of the M-step sampler to true samples, in units of the data's std; two true sets differ by .02."""
+@pytest.mark.parametrize("phases, most", [(1, 0.16), (2, 0.08), (4, 0.07)])
+def test_an_mlp_learns_to_sample_the_mixture(phases, most):
+    """Sliced W2 of the M-step sampler to true samples, in units of the data's std; two true sets differ by .04."""
     method, scale = distilled_mixture(PCM(PCM.Config(steps=(phases,), guidance_scale=1.0, huber_c=0.01)))
-    made = samples(method, method.schedule(), 8000)
-    assert sliced_wasserstein2(made, true_samples(8000)) < 0.12 * scale
+    made = samples(method, method.schedule(), 20_000)
+    assert sliced_wasserstein2(made, true_samples(20_000)) < most * scale

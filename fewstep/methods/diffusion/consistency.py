@@ -68,6 +68,7 @@ class Consistency(TrajectoryMethod):
 
     name = "consistency"
     paper = Paper("Consistency Models", "arXiv:2303.01469")
+    proven = "measured"
     Config = ConsistencyConfig
 
     def roles(self) -> tuple[Role, ...]:

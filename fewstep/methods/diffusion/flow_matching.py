@@ -72,15 +72,10 @@ class FlowMatching(DiffusionMethod):
 
     def dropped(self, cond: Cond, draw: Draw) -> Cond:
         """`cond` with some rows replaced by the null condition; nothing to drop in an empty one."""
-        if not self.config.label_dropout or not len(cond):
-            return cond
-        drop, null = draw.choice("dropout", self.config.label_dropout), self.student.null(cond)
-        return Cond(**{name: torch.where(_beside(drop, c), null[name], c) for name, c in cond.items()})
+        share = self.config.label_dropout
+        return self.student.dropped(cond, draw.choice("dropout", share)) if share else cond
 
     def schedule(self) -> Schedule:
         """The plain Euler sampler (DDIM on a DDPM path) with guidance."""
         return Schedule("ode", self.student.path.grid(self.config.steps), self.config.guidance_scale)
 
-
-def _beside(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (like.ndim - 1))

@@ -15,18 +15,19 @@ makes, as it changes. v_g is the teacher guided by g, which is fixed, or drawn f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ...data.batch import Cond
-from ...errors import nearest
-from ...maths.clocks import logit_normal
+from ...errors import UserError, nearest
 from ...maths.derivative import How, derivative
 from ...maths.flow_maps import flow_map, map_velocity
 from ...maths.guidance import guided
+from ...maths.laws import Law
 from ...maths.losses import pull, rows_mean
 from ...maths.paths import add_noise, expand
 from ...maths.scalars import Scalar
@@ -46,26 +47,11 @@ TINY = 1e-3  # e of the weight and of lambda; and the lowest time at which the t
 Interval = tuple[float, float]
 
 
-class Law(BaseModel):
-    """How numbers in (0, 1) are drawn: uniform; logit_normal, sigmoid of N(loc, scale^2); mix, half the rows of each."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["uniform", "logit_normal", "mix"] = "uniform"
-    loc: float = 0.0
-    scale: float = Field(default=1.0, gt=0)
-
-    def drawn(self, draw: Draw) -> Tensor:
-        """[rows]"""
-        if self.kind == "uniform":
-            return draw.uniform("flat")
-        bell = logit_normal(draw.normal("bell"), self.loc, self.scale)
-        return bell if self.kind == "logit_normal" else torch.where(draw.choice("mix", 0.5), bell, draw.uniform("flat"))
-
-
 class FreeFlowConfig(MethodConfig):
     """Knobs of `FreeFlow`. `weights`: prediction, correction, denoise. Guidance is the usual scale, 1 = off."""
 
     mode: Literal["joint", "pred", "corr"] = "joint"
+    segments: int = Field(default=1, gt=0, description="steps of a sample; each starts where the one before ends")
     guidance_scale: float | Interval = Field(
         default=(1.0, 3.0), description="of the teacher: a number, or the range that each row draws from and tells"
     )
@@ -79,7 +65,9 @@ class FreeFlowConfig(MethodConfig):
     )
     alpha: float = Field(default=1.0, gt=0, description="factor of lambda; .3 to 3")
     derivative: How = Field(default="jvp", description="how dV/d delta is found; central where jvp is not implemented")
-    derivative_step: float | None = Field(default=None, gt=0, description="h; null: .005, or .05 when computing in bf16")
+    derivative_step: float | None = Field(
+        default=None, gt=0, description="h; null: .005, or .05 when computing in bf16"
+    )
     delta: Law = Law()
     level: Law = Field(default=Law(kind="logit_normal", loc=0.8), description="r of the correction; has to reach 1")
     fake_level: Law = Field(default=Law(kind="mix", loc=0.8), description="r at which the fake model is trained")
@@ -119,8 +107,9 @@ class FreeFlowConfig(MethodConfig):
 
 
 class Asked(NamedTuple):
-    """All that is random in the student's step, row by row: where the map starts and how far it goes; r and n."""
+    """What a step asks, row by row: where the map starts (at time `top`) and how far it goes; guidance; r and n."""
 
+    top: float
     start: Tensor
     delta: Tensor
     cond: Cond
@@ -130,7 +119,16 @@ class Asked(NamedTuple):
 
     def rows(self, index: Tensor) -> Asked:
         """Some of the rows."""
-        return Asked(*(part if isinstance(part, float) else part[index] for part in self))
+        parts: Any = (part if isinstance(part, float) else part[index] for part in self)
+        return Asked(*parts)
+
+
+class Directions(NamedTuple):
+    """By term: what V is moved against, and the lengths [rows] that lambda compares; the samples that were corrected."""
+
+    moves: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+    made: Tensor | None
 
 
 class FreeFlow(DiffusionMethod):
@@ -155,24 +153,37 @@ class FreeFlow(DiffusionMethod):
 
     def train_step(self, batch: Batch, draw: Draw) -> Iterator[Update | Total]:
         """Both directions, without gradient; the student's step along them; the fake model's steps on what it made."""
-        parts = self.parts(len(batch), draw.device)
-        asked = self.asked(batch.cond, parts, draw)
-        moves, lengths, made = self.directions(asked, parts)
-        balance = self.config.alpha
+        segment = self.segment(draw)
+        parts = self.parts(len(batch), draw.device, segment)
+        asked = self.asked(batch.cond, parts, segment, draw)
+        found = self.directions(asked, parts)
+        balance: Tensor | float = self.config.alpha
         if len(parts) == 2 and self.config.balance != "fixed":
-            n = yield Total({name: torch.stack([rows.sum(), rows.new_tensor(len(rows))]) for name, rows in lengths.items()})
+            n: Any = yield Total({name: _sum_and_count(rows) for name, rows in found.lengths.items()})
             means = {name: total / count for name, (total, count) in n.items()}
             balance = self.config.alpha * means["prediction"] / (means["correction"] + TINY)
-        yield self.student_update(asked, parts, moves, balance if draw.step >= self.config.warmup else 0.0, made)
-        if made is not None:
+        yield self.student_update(asked, parts, found, balance if draw.step >= self.config.warmup else 0.0)
+        if found.made is not None:
             for turn in range(self.config.fake_updates):
-                yield self.fake_update(made, asked, parts["correction"], draw.within(f"fake.{turn}"))
+                yield self.fake_update(found.made, asked.rows(parts["correction"]), parts, draw.within(f"fake.{turn}"))
 
     # ---- the rows of a step
 
-    def parts(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Which rows serve which term: three in four predict, every fourth corrects."""
+    def segment(self, draw: Draw) -> int:
+        """Which segment a step trains, counted from noise; the correction knows the last one only."""
+        count = self.config.segments
+        return count - 1 if count == 1 or self.config.mode == "corr" else draw.integers("segment", count, per="step")
+
+    @property
+    def edges(self) -> list[float]:
+        """Times at which segments start, and 0."""
+        path = self.student.path
+        return [path.time(u) for u in path.grid(self.config.segments)] + [0.0]
+
+    def parts(self, rows: int, device: torch.device, segment: int) -> dict[str, Tensor]:
+        """Which rows serve which term: three in four predict, every fourth corrects (in the segment that ends at 0)."""
         share = {"joint": self.config.prediction_share, "pred": 1.0, "corr": 0.0}[self.config.mode]
+        share = share if segment == self.config.segments - 1 else 1.0
         corrects = [int((i + 1) * (1 - share) + 1e-9) > int(i * (1 - share) + 1e-9) for i in range(rows)]
         index = {
             "prediction": [i for i, yes in enumerate(corrects) if not yes],
@@ -180,16 +191,25 @@ class FreeFlow(DiffusionMethod):
         }
         return {name: torch.tensor(chosen, device=device) for name, chosen in index.items() if chosen}
 
-    def asked(self, cond: Cond, parts: Mapping[str, Tensor], draw: Draw) -> Asked:
-        """Noise, durations, guidance and levels of a step; rows that correct go all the way."""
-        path, scale = self.student.path, self.config.guidance_scale
-        start = path.start(draw.normal("start", *self.student.row_shape))
-        delta = path.t_max * self.config.delta.drawn(draw.within("delta"))
-        if "correction" in parts:
-            delta = delta.index_fill(0, parts["correction"], path.t_max)
+    def asked(self, cond: Cond, parts: Mapping[str, Tensor], segment: int, draw: Draw) -> Asked:
+        """Starts, durations, guidance and levels of a step; rows that correct go all the way."""
+        scale, edges = self.config.guidance_scale, self.edges
         guidance = draw.uniform("guidance", low=scale[0], high=scale[1]) if isinstance(scale, tuple) else float(scale)
+        start = self.start(self.told(cond, guidance), edges[: segment + 1], draw)
+        width = edges[segment] - edges[segment + 1]
+        delta = width * self.config.delta.drawn(draw.within("delta"))
+        if "correction" in parts:
+            delta = delta.index_fill(0, parts["correction"], width)
         level = self.levels(self.config.level, draw.within("level"))
-        return Asked(start, delta, cond, guidance, level, draw.normal("noise", *self.student.row_shape))
+        return Asked(edges[segment], start, delta, cond, guidance, level, draw.normal("noise", *self.student.row_shape))
+
+    @torch.no_grad()
+    def start(self, cond: Cond, edges: list[float], draw: Draw) -> Tensor:
+        """Noise at the first edge, carried by the student to the last one."""
+        x = self.student.path.start(draw.normal("start", *self.student.row_shape))
+        for top, end in pairwise(edges):
+            x = flow_map(self.student, x, x.new_full((len(x),), top - end), cond, top)
+        return x
 
     def levels(self, law: Law, draw: Draw) -> Tensor:
         """r [rows] by `law`, clamped, and to where the teacher was trained."""
@@ -202,10 +222,8 @@ class FreeFlow(DiffusionMethod):
 
     # ---- the directions
 
-    def directions(
-        self, asked: Asked, parts: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        """By term: what the student's V is moved against, and its lengths [rows]; and the samples that were corrected."""
+    def directions(self, asked: Asked, parts: Mapping[str, Tensor]) -> Directions:
+        """Both terms, as far as they are on."""
         moves, lengths, made = {}, {}, None
         if "prediction" in parts:
             residual, weight = self.prediction(asked.rows(parts["prediction"]))
@@ -214,21 +232,21 @@ class FreeFlow(DiffusionMethod):
         if "correction" in parts:
             moves["correction"], made = self.correction(asked.rows(parts["correction"]))
             lengths["correction"] = _norms(moves["correction"])
-        return moves, lengths, made
+        return Directions(moves, lengths, made)
 
     @torch.no_grad()
     def prediction(self, asked: Asked) -> tuple[Tensor, Tensor]:
         """D_G = V + delta dV/d delta - v_g(f(z, delta), t_max - delta) (the paper's eq. 9), and its weight w [rows]."""
         cond, delta = self.told(asked.cond, asked.guidance), asked.delta
         v, slope = derivative(
-            lambda s: map_velocity(self.student, asked.start, s, cond),
+            lambda s: map_velocity(self.student, asked.start, s, cond, asked.top),
             delta,
             self.config.derivative,
             self.config.derivative_step or (5e-3 if self.student.autocast is None else 5e-2),
-            high=self.student.path.t_max,
+            high=asked.top,
         )
         delta = expand(delta, v)
-        t = (self.student.path.t_max - asked.delta).clamp_min(max(TINY, self.teacher.path.t_min))
+        t = (asked.top - asked.delta).clamp_min(max(TINY, self.teacher.path.t_min))
         residual = v + delta * slope - self.guided(asked.start - delta * v, t, asked, self.config.prediction_interval)
         return residual, (rows_mean(residual**2) + TINY) ** -self.config.weight_power
 
@@ -236,7 +254,7 @@ class FreeFlow(DiffusionMethod):
     def correction(self, asked: Asked) -> tuple[Tensor, Tensor]:
         """D_N = v_fake(x_r, r) - v_g(x_r, r) (the paper's eq. 11), and the samples f(z, t_max) that it was found at."""
         cond = self.told(asked.cond, asked.guidance)
-        x0 = flow_map(self.student, asked.start, asked.delta, cond)
+        x0 = flow_map(self.student, asked.start, asked.delta, cond, asked.top)
         x = add_noise(x0, asked.noise, asked.level)
         seen = self.fake_velocity.velocity(x, asked.level, cond)
         return seen - self.guided(x, asked.level, asked, self.config.correction_interval), x0
@@ -248,36 +266,42 @@ class FreeFlow(DiffusionMethod):
     # ---- the steps
 
     def student_update(
-        self,
-        asked: Asked,
-        parts: Mapping[str, Tensor],
-        moves: Mapping[str, Tensor],
-        balance: Tensor | float,
-        made: Tensor | None,
+        self, asked: Asked, parts: Mapping[str, Tensor], found: Directions, balance: Tensor | float
     ) -> Update:
         """One call with gradient for all rows; each term counts by its share of them."""
-        v = map_velocity(self.student, asked.start, asked.delta, self.told(asked.cond, asked.guidance))
+        v = map_velocity(self.student, asked.start, asked.delta, self.told(asked.cond, asked.guidance), asked.top)
         factor = {"prediction": 1.0, "correction": balance}
         losses = {
-            name: pull(v[rows], -factor[name] * moves[name]) * (len(rows) / len(v)) for name, rows in parts.items()
+            name: pull(v[rows], -factor[name] * found.moves[name]) * (len(rows) / len(v))
+            for name, rows in parts.items()
         }
-        # first what the fake model says of the student's samples: when it breaks, it is what a report names
-        metrics = {} if made is None else {"x0_std": made.flatten(1).std(1, correction=0), "fake_minus_teacher": _norms(moves["correction"])}
-        return Update("student", losses, metrics={**metrics, "balance": torch.as_tensor(balance)})
+        metrics = {}
+        if found.made is not None:
+            metrics["x0_std"] = found.made.flatten(1).std(1, correction=0)
+            # looked at ahead of all that follows from it: when the fake model breaks, a report names this number
+            metrics["fake_velocity_gap"] = _norms(found.moves["correction"])
+            metrics["balance"] = torch.as_tensor(balance)
+        return Update("student", losses, metrics=metrics)
 
-    def fake_update(self, x0: Tensor, asked: Asked, rows: Tensor, draw: Draw) -> Update:
+    def fake_update(self, x0: Tensor, made_from: Asked, parts: Mapping[str, Tensor], draw: Draw) -> Update:
         """Flow matching on what the student has just made, x0 [rows, ...], unguided."""
+        rows = parts["correction"]
         level = self.levels(self.config.fake_level, draw.within("level"))[rows]
         eps = draw.normal("noise", *x0.shape[1:])[rows]
-        part = asked.rows(rows)
-        cond = self.told(part.cond, part.guidance)
+        cond = self.told(made_from.cond, made_from.guidance)
         return Update("fake_velocity", {"denoise": self.fake_velocity.denoising_loss(x0, eps, level, cond)})
 
     # ---- sampling
 
     def schedule(self) -> Schedule:
-        """One Euler step from noise: with delta = t_max for good, the student is a flow network that needs no more."""
-        return Schedule("ode", self.student.path.grid(1))
+        """Euler steps, one a segment: with delta fixed at its width, the student is a flow network that needs no more.
+
+        UserError when the widths differ, since the exported network has one delta for good.
+        """
+        widths = [top - end for top, end in pairwise(self.edges)]
+        if max(widths) - min(widths) > 1e-6:
+            raise UserError("config.segments above 1 needs a flow path without shift, where all steps are equally wide")
+        return Schedule("ode", self.student.path.grid(self.config.segments))
 
     def preview_cond(self, rows: int) -> Cond:
         """Conditions of the first samples, with the duration and the guidance that the exported network has for good."""
@@ -288,11 +312,16 @@ class FreeFlow(DiffusionMethod):
     def constants(self) -> dict[str, float]:
         """The extra inputs' values in the exported network."""
         guidance = {"guidance": self.config.fed_guidance} if self.config.told else {}
-        return {"delta": self.student.path.t_max, **guidance}
+        return {"delta": self.edges[0] - self.edges[1], **guidance}
 
     def exported_module(self) -> nn.Module:
         """The averaged student with its extra inputs folded away: a network of the teacher's own class."""
         return folded(merged(self.student), self.constants())  # type: ignore[arg-type]
+
+
+def _sum_and_count(rows: Tensor) -> Tensor:
+    """[2], which adds up over parts and ranks."""
+    return torch.stack([rows.sum(), rows.new_tensor(len(rows))])
 
 
 def _norms(direction: Tensor) -> Tensor:

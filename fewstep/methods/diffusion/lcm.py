@@ -25,6 +25,7 @@ class LCM(TrajectoryMethod):
 
     name = "lcm"
     paper = Paper("Latent Consistency Models", "arXiv:2310.04378")
+    proven = "measured"
     Config = TrajectoryConfig
 
     def train_step(self, batch: Batch, draw: Draw) -> Iterator[Update | Total]:

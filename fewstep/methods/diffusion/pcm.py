@@ -96,6 +96,7 @@ class PCM(TrajectoryMethod):
 
     name = "pcm"
     paper = Paper("Phased Consistency Models", "arXiv:2405.18407")
+    proven = "measured"
     Config = PCMConfig
     discriminator: Handle
 
@@ -166,10 +167,8 @@ class PCM(TrajectoryMethod):
 
     def dropped(self, cond: Cond, draw: Draw) -> Cond:
         """`cond` with a share of its rows made unconditional, for students that are sampled with guidance."""
-        if not self.config.label_dropout or not len(cond):
-            return cond
-        drop, null = draw.choice("dropout", self.config.label_dropout), self.student.null(cond)
-        return Cond(**{n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), null[n], c) for n, c in cond.items()})
+        share = self.config.label_dropout
+        return self.student.dropped(cond, draw.choice("dropout", share)) if share else cond
 
     # ---- discriminator
 

@@ -6,7 +6,7 @@ f is the student's boundary-scaled clean prediction, x_m the guided teacher's DD
 gradient of R flows through the frozen reward model and decoder. mode "proxy": R is a small network on latents, which
 learns beside the student to rank (prediction, target, ground truth) as the expert R ranks their decoded images:
 
-    L_proxy = sum over the three pairs KL( softmax(E_i, E_j) || softmax(P_i, P_j) )
+    L_proxy = sum over the pairs KL( softmax(E_i, E_j) || softmax(P_i, P_j) )
 
 Where the distance is squared and R has slope a, each level is shifted by beta a / 2 against its target, which is the
 averaged student one level below: i levels up the shift is i beta a / 2. `clean_target` takes the targets from a second
@@ -30,7 +30,7 @@ from ...errors import UserError, nearest
 from ...maths.scalars import Scalar, value
 from ...maths.solvers import sample
 from ...maths.spectrum import high_frequency_share
-from ...nets.latent_reward import LatentReward, ProxySpec, preference_rows
+from ...nets.latent_reward import LatentReward, ProxySpec, neighbours, preference_rows
 from ...rewards.base import Asked, Reward
 from ...rewards.registry import make_reward
 from ...roles import Handle, Role
@@ -109,7 +109,7 @@ class RGLCD(LCM):
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
         """As in `DiffusionMethod`; UserError when the reward has no derivative and mode is direct."""
         super().bind(handles, sources, stores)
-        if self.config.mode == "direct" and not self.judge.differentiable:
+        if "reward" in handles and self.config.mode == "direct" and not self.judge.differentiable:
             raise UserError(
                 f"reward '{self.judge.name}' has no derivative, which mode: direct needs: write `config: {{mode: proxy}}`"
             )
@@ -191,15 +191,17 @@ class RGLCD(LCM):
         return self.student.decode(latents).clamp(-1, 1)
 
     def proxy_update(self, prediction: Tensor, target: Tensor, batch: Batch) -> Update:
-        """The proxy's step on three latents a condition; the expert looks at their images without gradient."""
+        """The proxy's step on several latents a condition; the expert looks at their images without gradient."""
         k, spec = self.rewarded_rows(prediction), self.config.proxy
-        latents, asked = torch.cat([prediction[:k], target[:k], batch.x0[:k]]), Asked.of(batch)[:k].repeated(3)
+        shown = [prediction[:k], target[:k], batch.x0[:k]] + [neighbours(batch.x0[:k])] * spec.contrast
+        latents, asked = torch.cat(shown), Asked.of(batch)[:k].repeated(len(shown))
         with torch.no_grad():
             reward, images = self.judged(latents, asked)
-        expert = (spec.expert_scale or self.judge.logit_scale) * reward.unflatten(0, (3, k))
+        reward = reward.unflatten(0, (len(shown), k))
         cosines, scale = self.proxy(latents, batch.cond[:k])
+        expert = (spec.expert_scale or self.judge.logit_scale) * reward
         loss = preference_rows(scale * cosines, expert, spec.loss, spec.smooth_gt_label)
-        metrics = {"reward": reward[:k], "reward_data": reward[2 * k :], **self.high_frequency(images[:k])}
+        metrics = {"reward": reward[0], "reward_data": reward[2], **self.high_frequency(images[:k])}
         return Update("proxy", {"proxy": loss}, metrics=metrics)
 
     # ---- what to watch

@@ -175,10 +175,8 @@ class SiD(DiffusionMethod):
 
     def dropped(self, cond: Cond, draw: Draw) -> Cond:
         """`cond` with a share of the rows made unconditional, so that the fake model can be guided."""
-        if not self.config.fake_dropout:
-            return cond
-        drop, null = draw.choice("dropout", self.config.fake_dropout), self.fake_score.null(cond)
-        return Cond(**{n: torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), null[n], c) for n, c in cond.items()})
+        share = self.config.fake_dropout
+        return self.fake_score.dropped(cond, draw.choice("dropout", share)) if share else cond
 
     def student_update(self, batch: Batch, draw: Draw) -> Update:
         """L_G, and with SiDA the generator's adversarial loss from the same call of the fake model."""
