@@ -49,8 +49,9 @@ class Schedule:
 
     kind: "ode" moves along the velocity; "renoise" goes to x0 and noises it to the next level.
     u: clock values at which the network is called, decreasing within (0, 1]; after the last comes the clean sample.
-    guidance: the usual scale, 1 = off; embedded: it is an input of the network, so a sample costs no second pass.
-    origin: the grid that u was picked from has so many levels (LCM's 50), None: u is the whole grid. noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
+    guidance: the usual scale, 1 = off. embedded: it is an input of the network, so a sample costs no second pass.
+    noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
+    origin: u was picked from a grid of so many levels (LCM's 50); None: u is the whole grid.
     Raises UserError when a value is out of range or u does not decrease.
     """
 

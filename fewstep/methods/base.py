@@ -124,7 +124,8 @@ class Event:
     kind: "stage_start" (also when a run resumes inside the stage, before its state is loaded), "epoch_start" and
         "epoch_end" (of `source`), "step_end", "stage_end".
     step: optimiser steps done in this stage; epoch: passes over the source.
-    updated: roles stepped during this step, rows: of its global batch ("step_end"). seed: of the run, for `select`'s own random choices.
+    updated: roles stepped during this step, rows: of its global batch ("step_end").
+    seed: of the run, for `select`'s own random choices.
     """
 
     kind: Literal["stage_start", "epoch_start", "step_end", "epoch_end", "stage_end"]

@@ -107,6 +107,7 @@ class StableDiffusionFamily(DiffusionFamily):
         lora_prefix="unet",
         lora={"default": ATTENTION, "wide": (*ATTENTION, *WIDE)},
         scalar_slot="timestep_cond",
+        time_embedding="time_embedding",
         feature_layers=("mid_block", "down_blocks.1", "down_blocks.0"),  # every size has these
     )
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = SD_SIZES
@@ -147,10 +148,12 @@ class StableDiffusionFamily(DiffusionFamily):
         }
 
     def upgrade(self, module: nn.Module, inputs: Sequence[str]) -> nn.Module:
-        """The same module with a guidance input whose projection is zero; unchanged when it has one already."""
-        unknown = [name for name in inputs if name != "guidance"]
-        if unknown:
-            return super().upgrade(module, unknown)
+        """Guidance alone: the stock class's own input, its projection zero; unchanged when there is one already.
+
+        With others beside it, which the class has no place for, all go through `nets.extra_inputs` and fold on export.
+        """
+        if tuple(inputs) != ("guidance",):
+            return super().upgrade(module, inputs)
         if settings(module).time_cond_proj_dim is None:
             embedding: Any = module.time_embedding
             first = embedding.linear_1

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/methods_table.py consistency [--steps 600] [--seeds 1] [--only scott] [--out runs/consistency]
     python tests/benchmarks/methods_table.py one_step
+    python tests/benchmarks/methods_table.py mismatch        # students on data that the teacher was not trained on
 
 Each row trains in a process of its own, exports, and is scored at 1, 2, 4 and 8 steps as far as it offers them: fid,
 precision, recall, diversity (mean feature distance within a class), reward (log-probability of the asked class) and
@@ -22,6 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
+from fewstep.data.images import to_uint8
+from fewstep.data.registry import make_source
 from fewstep.engine.trainer import train
 from fewstep.evaluation.evaluate import evaluate
 from fewstep.models.folder import card
@@ -58,14 +64,44 @@ TABLES: dict[str, Rows] = {
         "SiD": ("sid/digits", ()),
         "SiDA": ("sid/digits", ("config.adversarial=true", "data.train={source: digits}")),
         "FreeFlow": ("freeflow/digits", ()),
+        "FreeFlow, 400 updates": ("freeflow/digits", ("train.steps=400",)),
+    },
+    "mismatch": {
+        "LCM, the teacher's data": ("lcm/digits", ()),
+        "LCM, data rolled by 1 pixel": (
+            "lcm/digits",
+            ("data.train={source: image_folder, path: ROLLED1, size: 8, channels: 1}",),
+        ),
+        "LCM, data rolled by 3 pixels": (
+            "lcm/digits",
+            ("data.train={source: image_folder, path: ROLLED3, size: 8, channels: 1}",),
+        ),
+        "FreeFlow, no data": ("freeflow/digits", ()),
     },
 }
 
 
-def overrides_of(table: str, name: str) -> tuple[Path, tuple[str, ...]]:
+def rolled(out: Path, pixels: int) -> Path:
+    """A folder of class folders with the real digits moved to the right, what leaves coming in again on the left."""
+    folder = out / f"rolled-{pixels}"
+    digits = make_source({"source": "digits"})
+    rows = digits.fetch(torch.arange(len(digits)), None)
+    for i, (image, label) in enumerate(
+        zip(to_uint8(rows["x0"].roll(pixels, -1))[:, 0], rows["cond"]["label"].tolist())
+    ):
+        file = folder / str(label) / f"{i:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(file)
+    return folder
+
+
+def overrides_of(table: str, name: str, out: Path) -> tuple[Path, tuple[str, ...]]:
     """The recipe file of a row, and its overrides."""
     recipe, overrides = TABLES[table][name]
     file = config(f"{recipe}.yaml")
+    for pixels in (1, 3):
+        if any(f"ROLLED{pixels}" in said for said in overrides):
+            overrides = tuple(said.replace(f"ROLLED{pixels}", str(rolled(out, pixels))) for said in overrides)
     if TIMES in name:
         beta = load_recipe(file).build_method().config.weights["reward"]
         overrides = (*overrides, f"config.weights.reward={float(name.split(TIMES)[1]) * beta}")
@@ -83,7 +119,7 @@ def rows_of(table: str, name: str, steps: int | None, seed: int, out: Path) -> I
     if name == "teacher":
         yield from ({"row": name, "seed": 0, **scored(asset("teachers/digits"), n)} for n in (50, *reversed(STEPS)))
         return
-    file, overrides = overrides_of(table, name)
+    file, overrides = overrides_of(table, name, out)
     folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     settings = (f"train.seed={seed}", "preview=null", "train.check_export=false")

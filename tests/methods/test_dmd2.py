@@ -46,7 +46,12 @@ def test_the_discriminator_waits_for_the_second_stage():
 
 def test_stages_read_their_own_sources_and_train_their_own_roles():
     first, second = assembled(data_free_steps=10).stages()
-    assert (first.name, first.data, first.steps, first.trains) == ("data_free", "prompts", 10, ("student", "fake_score"))
+    assert (first.name, first.data, first.steps, first.trains) == (
+        "data_free",
+        "prompts",
+        10,
+        ("student", "fake_score"),
+    )
     assert (second.name, second.data, second.steps) == ("real", "train", None)
     assert second.trains == ("student", "fake_score", "discriminator") and second.lr == 0.05
     assert [stage.name for stage in assembled().stages()] == ["real"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
 from fewstep.models.folder import open_model
 from fewstep.models.registry import FAMILIES
 from fewstep.models.stable_diffusion import guidance_embedding
+from fewstep.nets.extra_inputs import folded
 
 from .stock import PROMPTS, denoiser, latents, own, stock
 from .tiny_sd import KINDS, tiny_sd
@@ -96,10 +96,20 @@ def test_a_second_upgrade_changes_nothing(folders):
     assert family.upgrade(module, ("guidance",)).time_embedding.cond_proj.weight is weight
 
 
-def test_an_input_without_a_place_is_refused(folders):
-    """There is one slot, and it is guidance's."""
-    with pytest.raises(UserError, match="no place for the input 'second_time'"):
-        FAMILIES.get("stable_diffusion").upgrade(open_model(folders["sd15"]).module, ("guidance", "second_time"))
+def test_other_inputs_join_the_time_embedding_and_fold_away(folders, noise):
+    """A duration beside the guidance: as before at first, and for constant values a stock network again."""
+    role, t = denoiser(folders["sd15"]), torch.full((2,), 0.5)
+    cond = role.handle.around.prompts(PROMPTS)
+    before = role.output(noise, t, cond)
+    role.family.upgrade(role.handle.module, ("delta", "guidance"))
+    told = cond.with_(delta=torch.full((2,), 0.8), guidance=torch.full((2,), 4.0))
+    assert torch.equal(role.output(noise, t, told), before)
+    for embedding in role.handle.module.extra_inputs.embeddings.values():
+        torch.nn.init.normal_(embedding[2].weight, std=0.3)
+    after = role.output(noise, t, told)
+    assert (after - before).abs().max() > 1e-3
+    role.handle.module = folded(role.handle.module, {"delta": 0.8, "guidance": 4.0})
+    torch.testing.assert_close(role.output(noise, t, cond), after, atol=1e-5, rtol=1e-5)
 
 
 def test_a_network_without_the_input_does_not_see_the_guidance(folders, noise):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,11 +115,19 @@ def _vae(scaling_factor: float) -> Any:
 
 def _tokenizer() -> Any:
     """Printable characters, each alone and at the end of a word, and no merges."""
+    import transformers
     from transformers import CLIPTokenizer
 
     characters = [c for c in string.printable if not c.isspace()]
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=LENGTH)
+    vocab = {word: i for i, word in enumerate(words)}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
+    with tempfile.TemporaryDirectory() as place:  # earlier versions read files
+        files = Path(place, "vocab.json"), Path(place, "merges.txt")
+        files[0].write_text(json.dumps(vocab))
+        files[1].write_text("#version: 0.2\n")
+        return CLIPTokenizer(*map(str, files), model_max_length=LENGTH)
 
 
 def _text_encoder(projected: bool) -> Any:

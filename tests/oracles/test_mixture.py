@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewstep.methods.diffusion.decoupled_dmd import DecoupledDMD
+from fewstep.methods.diffusion.sid import SiD
 from fewstep.models.oracle import GAUSSIAN_MIXTURE, MLP, MixtureNet
 from tests.oracles.harness import batch, samples, seat, sliced_wasserstein2, train
 
@@ -80,3 +81,30 @@ def test_one_step_student_reaches_a_mixture_within_5_percent_of_its_std():
     before, after = distilled(teacher, network, truth, steps=1, per_level=False)
     assert before > 1
     assert after < 0.05
+
+
+def sid_distance(teacher: MixtureNet, network: torch.nn.Module, truth: torch.Tensor, alpha: float) -> float:
+    """Sliced W2 to the truth, in units of its std, of a one-step student of SiD."""
+    method = SiD(SiD.Config(alpha=alpha, fake_updates=FAKE_UPDATES, weights={"sid": 1.0}))
+    seat(method, {"teacher": teacher, "student": copy.deepcopy(network), "fake_score": copy.deepcopy(network)})
+    rates = {"student": 1e-3, "fake_score": 3e-3}
+    optimizers = {n: torch.optim.Adam(getattr(method, n).module.parameters(), r, (0.5, 0.99)) for n, r in rates.items()}
+    fade = torch.optim.lr_scheduler.LinearLR(optimizers["student"], 1.0, 0.01, GENERATOR_STEPS)
+
+    def after(_, update):
+        if update.role_names == ("student",):
+            fade.step()
+
+    train(method, range(GENERATOR_STEPS * FAKE_UPDATES), lambda _: batch(ROWS), optimizers, after)
+    made = samples(method, method.schedule(), len(truth))
+    return sliced_wasserstein2(made, truth) / truth.var(0).mean().sqrt().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_score_identity_distillation_reaches_a_mixture(alpha):
+    """From 1.2 std (the teacher in one step) to a twentieth, whichever way the two forms of the loss are mixed."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = GAUSSIAN_MIXTURE.build(**PARTS).module
+    truth = teacher.data(torch.zeros(20_000, dtype=torch.long), generator)
+    assert sid_distance(teacher, copy_of(teacher, generator), truth, alpha) < 0.05

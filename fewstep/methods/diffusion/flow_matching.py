@@ -78,4 +78,3 @@ class FlowMatching(DiffusionMethod):
     def schedule(self) -> Schedule:
         """The plain Euler sampler (DDIM on a DDPM path) with guidance."""
         return Schedule("ode", self.student.path.grid(self.config.steps), self.config.guidance_scale)
-

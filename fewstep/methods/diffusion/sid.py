@@ -58,9 +58,13 @@ class SiDConfig(MethodConfig):
     fake_train_guidance: float = Field(default=1.0, ge=0, description="of the fake model in its own loss")
     fake_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of its rows trained without condition")
     fake_updates: int = Field(default=1, gt=0, description="steps of the fake model for each step of the student")
-    fake_reset: int | None = Field(default=None, gt=0, description="samples after which it starts from the teacher again")
+    fake_reset: int | None = Field(
+        default=None, gt=0, description="samples after which it starts from the teacher again"
+    )
     adversarial: bool = Field(default=False, description="SiDA: the fake model's encoder also tells real from made")
-    features: tuple[str, ...] | None = Field(default=None, description="submodules it reads; null: the family's deepest")
+    features: tuple[str, ...] | None = Field(
+        default=None, description="submodules it reads; null: the family's deepest"
+    )
     weights: dict[str, Scalar] = dict(WEIGHTS)
 
     @field_validator("weights")
