@@ -31,7 +31,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         return f"{where}: unknown key '{place}': {nearest(place.split('.')[-1], _keys(model, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{where}: '{place}' is missing"
-    return f"{where}: {place}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    said = first["msg"].removeprefix("Value error, ")
+    if not place:  # of several fields together: the message names them
+        return f"{where}: {said}"
+    return f"{where}: {place}={first['input']!r}: {said[0].lower()}{said[1:]}"
 
 
 def _keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:

@@ -7,7 +7,8 @@
 Each row trains in a process of its own, exports, and is scored at 1, 2, 4 and 8 steps as far as it offers them: fid,
 precision, recall, diversity (mean feature distance within a class), reward (log-probability of the asked class) and
 high_frequency (1 = as in real images), with the seconds of training a thousand steps and the process's peak memory.
-Rows are appended to OUT/table.jsonl, so a stopped run goes on where it was; `--show` prints what is there.
+Rows are appended to OUT/table.jsonl, so a stopped run goes on where it was; `--show` prints what is there. Speeds mean
+something on a quiet machine only: `--steps 60` is enough for them.
 """
 
 from __future__ import annotations
@@ -126,11 +127,18 @@ def rows_of(table: str, name: str, steps: int | None, seed: int, out: Path) -> I
     length = () if steps is None else (f"train.steps={steps}",)
     began = time.monotonic()
     run = train(file, folder, (*overrides, *settings, *length), show=False)
-    seconds = time.monotonic() - began
+    seconds, speed = time.monotonic() - began, per_1000(folder / "metrics.jsonl")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    facts = {"seconds": seconds, "per_1000": 1000 * seconds / run.steps, "updates": run.steps, "peak_mb": memory}
+    facts = {"seconds": seconds, "per_1000": speed, "updates": run.steps, "peak_mb": memory}
     offered = [n for n in STEPS if n in card(run.model)["steps"]]
     yield from ({"row": name, "seed": seed, **facts, **scored(run.model, n)} for n in offered)
+
+
+def per_1000(metrics: Path) -> float:
+    """Seconds a thousand steps, between the first and the last logged step: nothing of the start and of the export."""
+    logged = [line for line in read(metrics) if "time" in line and "step" in line]
+    first, last = logged[0], logged[-1]
+    return 1000 * (last["time"] - first["time"]) / (last["step"] - first["step"])
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from fewstep.engine.plan import plan
 from fewstep.engine.trainer import train
+from fewstep.errors import UserError
 from fewstep.methods.diffusion.scott import SCott
 from fewstep.recipe import load_recipe
 from fewstep.resources import config
@@ -67,3 +68,11 @@ def test_latent_recipes_have_the_papers_knobs(name):
     assert (c.eta, c.substeps, c.skip, c.weights["adversarial"]) == (1, 3, 0.024, 0.4)
     assert roles["student"].ema == 0.95
     assert (roles["discriminator"].lora.rank, roles["discriminator"].optimizer.lr) == (64, 2e-5)
+
+
+def test_noise_from_pure_noise_is_refused_on_the_path_that_is_exported(tmp_path):
+    """The shipped teacher's own path begins at t = .999, the exported student's at 1: the command ends before a step."""
+    recipe = load_recipe(config("scott/digits.yaml"), ["config.eta_range=[0, 1]"])
+    with pytest.raises(UserError, match=r"write config.eta_range=\[0, 0.98\]"):
+        train(recipe, tmp_path / "run", show=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -120,8 +120,16 @@ class SCott(TrajectoryMethod):
         return (Stage("train", self.train_step, trains=("student", *critics), uses=("teacher", "student", *critics)),)
 
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
-        """UserError when the solver would forget the state that it starts from."""
+        """As in `DiffusionMethod`; UserError when the solver would forget the state that it starts from."""
         super().bind(handles, sources, stores)
+        self._check_first_step()
+
+    def on(self, event: Event) -> None:
+        """Looks again before training: the export may have settled on a path that begins nearer to noise."""
+        if event.kind == "stage_start":
+            self._check_first_step()
+
+    def _check_first_step(self) -> None:
         t, t_next = (self.path.time(torch.tensor([u], dtype=torch.float64)) for u in (self.top, 0.99 * self.top))
         eta = max(ends(self.config.eta))
         if not keeps_state(self.config.solver, t, t_next, self.within_range(t, eta)):
