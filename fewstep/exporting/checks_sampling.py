@@ -18,7 +18,7 @@ from ..models.registry import FAMILIES
 from .card import schedule_from
 from .finding import Check, Finding, Findings, Subject
 from .fresh import given_noise, images_of
-from .grids import Pairs, grid, same_pairs, trained_pairs
+from .grids import Pairs, grid, same_pairs, start_of, trained_pairs
 from .index import INDEX, foreign_code
 from .network import class_count, network_of, takes_prompts
 from .pipeline import addresses, load_pipeline
@@ -49,7 +49,7 @@ def _against_card(said: Mapping[str, Any], name: str, config: Mapping[str, Any])
     try:
         exported = row_of(said["pipeline"], name).scheduler_for(path, schedule)
         found = type(exported).from_config(config)
-        theirs = grid(found, said["pipeline"], schedule.steps)
+        theirs = grid(found, said["pipeline"], schedule.steps, start_of(path))
     except (ValueError, TypeError, UserError) as error:
         yield Finding("error", f"{name} cannot make {schedule.steps} steps ({error})", _RESTORE)
         return

@@ -18,7 +18,7 @@ from ..nets.extra_inputs import folded
 from ..nets.lora import Adapter
 from .atomic import written_aside
 from .card import provenance, readme, sampling
-from .grids import OWN
+from .grids import OWN, start_of
 from .lora import LORA_FILE, save_lora
 from .network import class_count, takes_prompts
 from .targets import Target, exported, offered_steps, target_for
@@ -89,7 +89,7 @@ def _sampled(
     network = family.sealed(network) if guidance == "baked" else network
     family.save(network, aside)
     parts |= {family.facts.component: network, "scheduler": target.scheduler_for(path, schedule)}
-    pipeline = target.pipeline_class()(**parts, **_defaults(target, schedule))
+    pipeline = target.pipeline_class()(**parts, **_defaults(target, path, schedule))
     for name, part in parts.items():
         if name != family.facts.component and hasattr(part, "save_pretrained"):
             part.save_pretrained(aside / name)
@@ -106,11 +106,11 @@ def _sampled(
     }
 
 
-def _defaults(target: Target, schedule: Schedule) -> dict[str, Any]:
+def _defaults(target: Target, path: NoisePath, schedule: Schedule) -> dict[str, Any]:
     """What the pipeline that folders carry does unless it is told otherwise."""
     if target.pipeline != OWN:
         return {}
-    return {"default_steps": schedule.steps, "default_guidance_scale": schedule.guidance}
+    return {"default_steps": schedule.steps, "default_guidance_scale": schedule.guidance, "start": start_of(path)}
 
 
 def _prefix(family: Any) -> str:

@@ -7,21 +7,26 @@ from typing import Any
 
 import torch
 
-from ..maths.paths import Path
+from ..maths.paths import FlowPath, Path
 
 OWN = "fewstep_pipelines:FewStepClassPipeline"
 Pairs = list[tuple[float, float]]
 
 
 def passes_sigmas(pipeline: str, scheduler: Any) -> bool:
-    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... and not the number N alone."""
+    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... (times its start) and not the number N alone."""
     return pipeline == OWN.split(":")[1] and type(scheduler).__name__.startswith("FlowMatch")
 
 
-def grid(scheduler: Any, pipeline: str, steps: int) -> Pairs:
+def start_of(path: Path) -> float:
+    """Clock value at which the pipeline that folders carry begins: 1, or where a path without signal does."""
+    return path.clock(path.t_max) if isinstance(path, FlowPath) and path.zero_signal else 1.0
+
+
+def grid(scheduler: Any, pipeline: str, steps: int, start: float = 1.0) -> Pairs:
     """[(label fed, flow time stepped from)] of a `steps`-step run, read from the scheduler after `set_timesteps`."""
     if passes_sigmas(pipeline, scheduler):
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+        scheduler.set_timesteps(sigmas=[start * (1 - i / steps) for i in range(steps)])
     else:
         scheduler.set_timesteps(steps)
     labels = scheduler.timesteps

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..maths.clocks import shift
 from ..maths.paths import FlowPath, Path
 from ..maths.solvers import Kind, Schedule
-from .grids import OWN, grid, same_pairs, trained_pairs
+from .grids import OWN, grid, same_pairs, start_of, trained_pairs
 from .path_config import kind_of, vp_config
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def _integer(path: FlowPath) -> FlowPath:
 
 
 def _plain(path: FlowPath) -> FlowPath:
+    if path.zero_signal:
+        return replace(path, integer_timesteps=False)
     return FlowPath(path.shift, path.num_train_timesteps)
 
 
@@ -232,7 +234,7 @@ def trained_at(scheduler: Any, pipeline: str, path: Path, schedule: Schedule, st
     """Whether a `steps`-step run calls the network at trained levels only; no, where the scheduler refuses so many."""
     levels = trained_pairs(path, trained_levels(path, schedule))
     try:
-        visited = grid(scheduler, pipeline, steps)
+        visited = grid(scheduler, pipeline, steps, start_of(path))
     except ValueError:
         return False
     return all(any(same_pairs([pair], [level]) for level in levels) for pair in visited)
@@ -243,6 +245,8 @@ def _rows(family: DiffusionFamily, path: Path, labels: bool, latent: bool) -> It
     textless = family.facts.null in ("class", "none")
     for row in TARGETS:
         serves = row.serves == family.facts.pipeline or (row.serves == "*" and textless)
+        if start_of(path) != 1 and row.pipeline != OWN:
+            continue  # stock pipelines start from pure noise
         if serves and row.path == kind_of(path) and row.labels in (None, labels) and row.decodes >= latent:
             yield row
 
@@ -252,7 +256,7 @@ def _fits(row: Target, path: Path, schedule: Schedule) -> bool:
     if (row.kind, "fresh") != (schedule.kind, schedule.noise) or row.guides < guided or row.embeds < schedule.embedded:
         return False
     try:
-        theirs = grid(row.scheduler_for(path, schedule), row.pipeline_name, schedule.steps)
+        theirs = grid(row.scheduler_for(path, schedule), row.pipeline_name, schedule.steps, start_of(path))
     except ValueError:  # a scheduler that refuses so many levels
         return False
     return same_pairs(trained_pairs(path, schedule.u), theirs)

@@ -60,6 +60,7 @@ class FlowPath(Path):
     num_train_timesteps: the label is this times t (1 for networks that take t itself).
     integer_timesteps: the label is floored, as DPMSolverMultistepScheduler(use_flow_sigmas=True, solver_order=1) does
         on the levels of `Schedule.uniform(steps, start=0.999)`; equal to it for up to 20 steps.
+    zero_signal: sampling starts at t_max from t_max * noise, a state whose clean part is zero (SiD, arXiv 2404.04057).
     """
 
     shift: float = 1.0
@@ -67,10 +68,15 @@ class FlowPath(Path):
     integer_timesteps: bool = False
     t_max: float = 1.0
     t_min: float = 0.0
+    zero_signal: bool = False
 
     def native(self, y: Tensor, t: Number) -> Tensor:
         """y itself."""
         return y
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The noise itself, or t_max times it."""
+        return self.t_max * noise if self.zero_signal else noise
 
     def _time(self, u: Tensor) -> Tensor:
         return shift(u, self.shift)

@@ -34,6 +34,7 @@ class FewStepClassPipeline(DiffusionPipeline):
         vae: decodes latents; None for networks that work on pixels.
         default_steps: number of steps the network was distilled for.
         default_guidance_scale: classifier-free guidance it wants at sampling time; 1 is off.
+        start: flow networks: the first sigma before shifting. Below 1 the first state is that sigma times noise, without signal.
     """
 
     model_cpu_offload_seq: Any = "unet->transformer->vae"
@@ -52,12 +53,14 @@ class FewStepClassPipeline(DiffusionPipeline):
         vae: Optional[AutoencoderKL] = None,  # noqa: UP045
         default_steps: int = 4,
         default_guidance_scale: float = 1.0,
+        start: float = 1.0,
     ):
         super().__init__()
         if (unet is None) == (transformer is None):
             raise ValueError("give exactly one of `unet` and `transformer`")
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
         self.register_to_config(default_steps=default_steps, default_guidance_scale=default_guidance_scale)
+        self.register_to_config(start=start)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +132,7 @@ class FewStepClassPipeline(DiffusionPipeline):
 
         latents = self._start(rows, generator, latents)
         self._set_timesteps(steps)
+        latents = latents if self._begins == 1 else latents * self.scheduler.sigmas[0]
         extra = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             output = self._predict(latents, t, labels, scale)
@@ -175,11 +179,16 @@ class FewStepClassPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(noise.shape)}, the network wants {shape}")
         return noise.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
+    @property
+    def _begins(self) -> float:
+        """The config's `start`; 1 in folders that were written before there was one."""
+        return self.config.get("start", 1.0)
+
     def _set_timesteps(self, steps: int) -> None:
         """Flow-matching schedulers would waste their last step on sigma_min if they were told the number alone."""
         device = self._execution_device
         if type(self.scheduler).__name__.startswith("FlowMatch") and _takes(self.scheduler.set_timesteps, "sigmas"):
-            self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+            self.scheduler.set_timesteps(sigmas=[self._begins * (1 - i / steps) for i in range(steps)], device=device)
         else:
             self.scheduler.set_timesteps(steps, device=device)
 

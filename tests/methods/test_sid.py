@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewstep.engine.trainer import train
 from fewstep.errors import UserError
+from fewstep.exporting.doctor import doctor
+from fewstep.exporting.pipeline import load_pipeline
 from fewstep.methods.base import Event
 from fewstep.methods.diffusion.sid import SiD
 from fewstep.models.build import parse
+from fewstep.models.folder import card
 from fewstep.roles import RoleSpec, assemble
 from tests.methods.dmd import draw, images
 from tests.oracles.harness import backward
@@ -131,3 +135,41 @@ def test_log_uniform_levels_stay_in_range_and_are_spread_by_decades():
 def test_weights_name_known_terms():
     with pytest.raises(UserError, match="did you mean 'gan'"):
         parse(SiD.Config, {"weights": {"gann": 1.0}}, "config")
+
+
+def test_a_start_without_signal_is_that_level_times_noise_and_the_rest_keeps_its_range():
+    """x_1 = t_1 e with t_1 = .708, the papers' noise ratio of 2.42; both losses still look at levels up to .98."""
+    method = assembled(start=0.708, steps=2)
+    assert method.schedule().u == pytest.approx((0.708, 0.354))
+    noise = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(method.student.path.start(noise), 0.708 * noise)
+    assert method.teacher.path.start(noise) is noise
+    assert max(method.level(draw(step)).max() for step in range(40)) > 0.9
+
+
+def test_a_start_without_signal_is_refused_on_ddpm_tables():
+    method = SiD(SiD.Config(start=0.7))
+    teacher = RoleSpec(**{"from": "unet2d", "build": {**SIZES, "path": {"kind": "vp", "beta_schedule": "linear"}}})
+    specs = {"teacher": teacher, **dict.fromkeys(("student", "fake_score"), RoleSpec(tune="full"))}
+    handles = assemble(method.roles(), specs, seed=0)
+    with pytest.raises(UserError, match="needs a flow teacher"):
+        method.bind(handles, {}, {})
+
+
+def test_a_student_that_starts_without_signal_is_exported_as_it_was_trained(tmp_path):
+    """A fresh process with the folder's own pipeline makes the trainer's images, in one step and in two."""
+    recipe = {
+        "method": "sid",
+        "teacher": {"from": "unet2d", "build": SIZES},
+        "student": {"tune": "full", "optimizer": {"lr": 1e-3}},
+        "fake_score": {"tune": "full"},
+        "config": {"start": 0.708, "steps": [1, 2]},
+        "data": {"train": {"source": "labels", "classes": 10}},
+        "train": {"steps": 2, "batch": 4},
+    }
+    run = train(recipe, tmp_path / "run", show=False)  # ends with the comparison in a fresh process
+    pipeline = load_pipeline(run.model)
+    assert pipeline.config["start"] == pytest.approx(0.708) and card(run.model)["path"]["zero_signal"]
+    pipeline(class_labels=[0], num_inference_steps=2, output_type="pt")
+    assert pipeline.scheduler.timesteps.tolist() == pytest.approx([708, 354])
+    assert all(finding.level == "ok" for finding in doctor(run.model))

@@ -29,7 +29,7 @@ from ...maths.scalars import Ramp, Scalar, value
 from ...maths.sde import keeps_state, sde_solver
 from ...nets.discriminator import Discriminator
 from ...roles import Handle, Role
-from ..base import Paper, Stage, Total, Update
+from ..base import Event, Paper, Stage, Total, Update
 from .trajectory import Interval, TrajectoryConfig, TrajectoryMethod
 
 if TYPE_CHECKING:

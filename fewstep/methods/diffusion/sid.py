@@ -13,26 +13,28 @@ Gradients run *through* both frozen networks into x_g. Where the fake model is t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...errors import nearest
+from ...errors import UserError, nearest
 from ...maths.guidance import guided, guided_x0
 from ...maths.losses import discriminator_rows, generator_rows, l1_rows, mse_rows, rows_mean
-from ...maths.paths import Path, add_noise
+from ...maths.paths import FlowPath, Path, add_noise
 from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule, rollout
-from ...roles import Role
+from ...roles import Handle, Role
 from ..base import DiffusionMethod, Event, MethodConfig, Paper, Total, Update
 
 if TYPE_CHECKING:
     from ...data.batch import Batch
     from ...draws import Draw
     from ...models.denoiser import Denoiser
+    from ...store import Store
 
 TERMS = ("sid", "gan", "denoise", "discriminator")
 WEIGHTS: Mapping[str, Scalar] = {"sid": 100.0, "gan": 0.01, "discriminator": 1.0}
@@ -48,6 +50,9 @@ class SiDConfig(MethodConfig):
     """
 
     steps: int | tuple[int, ...] = Field(default=1, description="calls a sample; a list: one is drawn at each step")
+    start: float | None = Field(
+        default=None, gt=0, lt=1, description="clock of the first level, whose input has no signal; null: pure noise"
+    )
     loss: Literal["sid", "diff_instruct", "dmd_norm"] = "sid"
     alpha: float = Field(default=1.0, ge=0, description="1 is safe from the start; 1.2 late in training")
     weight: Literal["mean", "snr", "none"] = Field(default="mean", description="what W is")
@@ -115,6 +120,7 @@ class SiD(DiffusionMethod):
 
     name = "sid"
     paper = Paper("Score identity Distillation", "arXiv:2404.04057")
+    proven = "measured"
     Config = SiDConfig
     teacher: Denoiser
     student: Denoiser
@@ -125,6 +131,17 @@ class SiD(DiffusionMethod):
         trained = {"optimizer": {"lr": 1e-5, "betas": (0.0, 0.999)}}
         student = Role("student", "lora", "teacher", defaults={**trained, "ema": 0.999})
         return (Role("teacher"), student, Role("fake_score", "lora", "teacher", defaults=trained))
+
+    def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
+        """As in `DiffusionMethod`; with `start` the student's path ends there. UserError on a DDPM table."""
+        super().bind(handles, sources, stores)
+        if self.config.start is None:
+            return
+        path = self.teacher.path
+        if not isinstance(path, FlowPath):
+            raise UserError("config.start needs a flow teacher: schedulers of DDPM tables begin at their last entry")
+        begun = replace(path, t_max=path.time(self.config.start), zero_signal=True)
+        self.student.path = self.student.handle.path = begun
 
     @property
     def path(self) -> Path:
@@ -161,7 +178,7 @@ class SiD(DiffusionMethod):
     def fake_update(self, batch: Batch, draw: Draw) -> Update:
         """The fake model denoises x_g in its own parameterisation, and with SiDA tells it from real samples."""
         x0, cond = self.generate(batch.cond, draw, graph=False), self.dropped(batch.cond, draw)
-        t = self.path.time(draw.uniform("u", low=self.config.levels[0], high=self.config.levels[1]))
+        t = self.teacher.path.time(draw.uniform("u", low=self.config.levels[0], high=self.config.levels[1]))
         eps = draw.normal("eps", *x0.shape[1:])
         losses = {"denoise": self.denoising(x0, eps, t, cond)}
         if self.config.adversarial:  # real and made share level and noise
@@ -199,11 +216,11 @@ class SiD(DiffusionMethod):
 
     def level(self, draw: Draw) -> Tensor:
         """Flow times [rows] at which the two models are compared; log-uniform: t = 10^(-2 u), so as many as decades."""
-        low, high = self.config.levels
+        (low, high), path = self.config.levels, self.teacher.path
         if self.config.noise == "uniform":
-            return self.path.time(draw.uniform("u", low=low, high=high))
+            return path.time(draw.uniform("u", low=low, high=high))
         t = torch.pow(10.0, -DECADES * draw.uniform("u"))
-        return t.clamp(max(low, self.path.t_min), min(high, self.path.t_max))
+        return t.clamp(max(low, path.t_min), min(high, path.t_max))
 
     def normaliser(self, x0: Tensor, real: Tensor, t: Tensor) -> Tensor:
         """W [rows], detached: how far the teacher's prediction is from x_g; or t^2 / (1 - t)^2, the inverse SNR; or 1."""
