@@ -14,7 +14,7 @@ Pairs = list[tuple[float, float]]
 
 
 def passes_sigmas(pipeline: str, scheduler: Any) -> bool:
-    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... (times its start) and not the number N alone."""
+    """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... (times its start), not N alone."""
     return pipeline == OWN.split(":")[1] and type(scheduler).__name__.startswith("FlowMatch")
 
 
