@@ -1,7 +1,7 @@
 """Methods side by side on the shipped digits teacher, each by its own recipe, scored alike.
 
     python tests/benchmarks/methods_table.py consistency [--steps 600] [--seeds 1] [--only scott] [--out runs/consistency]
-    python tests/benchmarks/methods_table.py one_step
+    python tests/benchmarks/methods_table.py one_step        # few_steps: one student for 1, 2 and 4
     python tests/benchmarks/methods_table.py mismatch        # students on data that the teacher was not trained on
 
 Each row trains in a process of its own, exports, and is scored at 1, 2, 4 and 8 steps as far as it offers them: fid,
@@ -69,6 +69,11 @@ TABLES: dict[str, Rows] = {
         # as long as Decoupled DMD and DMD2 take, 290 s of one thread where this was written
         "SiD, equal time": ("sid/digits", ("train.steps=1030",)),
         "FreeFlow, equal time": ("freeflow/digits", ("train.steps=1290",)),
+    },
+    "few_steps": {
+        "Decoupled DMD": ("decoupled_dmd/digits", ()),
+        "DMD2": ("dmd2/digits", ("config.steps=[1,2,4]",)),
+        "SiD": ("sid/digits", ("config.steps=[1,2,4]",)),
     },
     "mismatch": {
         "LCM, the teacher's data": ("lcm/digits", ()),
