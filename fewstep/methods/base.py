@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from ..errors import nearest
 from ..maths.scalars import Scalar
 from ..maths.solvers import Schedule
 
@@ -139,10 +140,23 @@ class Event:
 
 
 class MethodConfig(BaseModel):
-    """Knobs of a method, with the paper's defaults. `weights` multiplies loss terms by name: a number or a schedule."""
+    """Knobs of a method, with the paper's defaults. `weights` multiplies loss terms by name: a number or a schedule.
+
+    default_weights: below what a recipe says. terms: the names that may be weighted; None: any.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    weights: dict[str, Scalar] = {}
+    default_weights: ClassVar[Mapping[str, Scalar]] = {}
+    terms: ClassVar[tuple[str, ...] | None] = None
+    weights: dict[str, Scalar] = Field(default={}, validate_default=True)
+
+    @field_validator("weights")
+    @classmethod
+    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
+        unknown = [name for name in said if cls.terms is not None and name not in cls.terms]
+        if unknown:
+            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], cls.terms or ())}")
+        return {**cls.default_weights, **said}
 
 
 @dataclass(frozen=True)

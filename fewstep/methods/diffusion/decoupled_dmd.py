@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...maths.losses import cosine_rows, discriminator_rows, generator_rows, l1_rows, mean_variance_rows, mse_rows, pull
 from ...maths.paths import VPPath, add_noise, expand
 from ...maths.scalars import Scalar
@@ -42,8 +42,6 @@ SPACES: Mapping[str, Callable[[Tensor], Tensor]] = {  # D in another space is D 
     "v": lambda t: 1 / t,
     "score": lambda t: (1 - t) / t**2,
 }
-TERMS = ("dm", "ca", "meanvar", "gan", "denoise", "discriminator", "r1")
-WEIGHTS: Mapping[str, Scalar] = {"gan": 5e-3, "discriminator": 1e-2}
 TRAINED = {"optimizer": {"lr": 5e-5, "weight_decay": 0.01, "clip": 10.0}}
 MEASURED_ROWS = 4096
 
@@ -62,6 +60,8 @@ class DecoupledDMDConfig(MethodConfig):
     meanvar and r1 are on when a weight is given: 0.01-0.05 and 100-1000 are usual.
     """
 
+    default_weights: ClassVar[Mapping[str, Scalar]] = {"gan": 5e-3, "discriminator": 1e-2}
+    terms: ClassVar[tuple[str, ...]] = ("dm", "ca", "meanvar", "gan", "denoise", "discriminator", "r1")
     steps: int | tuple[int, ...] = Field(default=4, description="calls a sample; a list: one is drawn at each step")
     sampler: Literal["ode", "renoise"] = "ode"
     guidance_scale: float = Field(default=4.0, ge=0, description="alpha, the usual scale baked in; 1 = off")
@@ -79,15 +79,6 @@ class DecoupledDMDConfig(MethodConfig):
     levels: tuple[float, float] = Field(default=(0.02, 0.98), description="range of tau_DM and tau_CA")
     gan_features: Literal["fake_score", "teacher"] = Field(default="fake_score", description="what the heads read")
     gan_layers: tuple[str, ...] | None = Field(default=None, description="submodules; null: the family's deepest")
-    weights: dict[str, Scalar] = dict(WEIGHTS)
-
-    @field_validator("weights")
-    @classmethod
-    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return {**WEIGHTS, **said}
 
     @model_validator(mode="after")
     def _consistent(self) -> DecoupledDMDConfig:

@@ -9,7 +9,7 @@ conditions is replaced by the null condition, so that one network serves classif
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class FlowMatchingConfig(MethodConfig):
     """Knobs of `FlowMatching`."""
 
+    terms: ClassVar[tuple[str, ...]] = ("denoise",)
     time: Literal["uniform", "logit_normal", "mix"] = Field(
         default="uniform", description="law of the clock u; `mix`: half the rows of each"
     )

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...data.batch import Cond
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...maths.derivative import How, derivative
 from ...maths.flow_maps import flow_map, map_velocity
 from ...maths.guidance import guided
 from ...maths.laws import Law
 from ...maths.losses import pull, rows_mean
 from ...maths.paths import add_noise, expand
-from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule
 from ...nets.extra_inputs import folded
 from ...roles import Role, merged
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from ...draws import Draw
     from ...models.denoiser import Denoiser
 
-TERMS = ("prediction", "correction", "denoise")
 TRAINED = {"optimizer": {"lr": 1e-4, "betas": [0.9, 0.99]}}
 TINY = 1e-3  # e of the weight and of lambda; and the lowest time at which the teacher is asked
 Interval = tuple[float, float]
@@ -50,6 +48,7 @@ Interval = tuple[float, float]
 class FreeFlowConfig(MethodConfig):
     """Knobs of `FreeFlow`. `weights`: prediction, correction, denoise. Guidance is the usual scale, 1 = off."""
 
+    terms: ClassVar[tuple[str, ...]] = ("prediction", "correction", "denoise")
     mode: Literal["joint", "pred", "corr"] = "joint"
     segments: int = Field(default=1, gt=0, description="steps of a sample; each starts where the one before ends")
     guidance_scale: float | Interval = Field(
@@ -74,14 +73,6 @@ class FreeFlowConfig(MethodConfig):
     level_range: Interval = Field(default=(1e-3, 0.999), description="r is clamped to it")
     fake_updates: int = Field(default=1, gt=0, description="steps of the fake model after each of the student")
     warmup: int = Field(default=0, ge=0, description="steps with the prediction alone, while the fake model learns")
-
-    @field_validator("weights")
-    @classmethod
-    def _known(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return said
 
     @model_validator(mode="after")
     def _consistent(self) -> FreeFlowConfig:

@@ -13,14 +13,13 @@ diffused to one random level inside the phase; student and heads then take turns
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...errors import nearest
 from ...maths.consistency import noised_further
 from ...maths.guidance import guided
 from ...maths.losses import discriminator_rows, generator_rows
@@ -38,13 +37,12 @@ if TYPE_CHECKING:
     from ...data.batch import Batch
     from ...draws import Draw
 
-TERMS = ("consistency", "adversarial", "discriminator")
-WEIGHTS: dict[str, Scalar] = {"adversarial": 0.1}
-
 
 class PCMConfig(TrajectoryConfig):
     """Knobs of `PCM`. `weights`: consistency, adversarial for the student; discriminator for the heads."""
 
+    default_weights: ClassVar[Mapping[str, Scalar]] = {"adversarial": 0.1}
+    terms: ClassVar[tuple[str, ...]] = ("consistency", "adversarial", "discriminator")
     steps: tuple[int] = Field(default=(4,), description="M: phases, and steps of the sampler; one number")
     levels: int = Field(default=48, gt=0, description="of the grid, a multiple of the phases")
     skip: None = Field(default=None, description="no choice here: the target is at the level below")
@@ -60,15 +58,6 @@ class PCMConfig(TrajectoryConfig):
         default=False, description="heads on the teacher's features; they and the student alternate"
     )
     gan_layers: tuple[str, ...] | None = Field(default=None, description="submodules; null: the family's deepest")
-    weights: dict[str, Scalar] = dict(WEIGHTS)
-
-    @field_validator("weights")
-    @classmethod
-    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return {**WEIGHTS, **said}
 
     @model_validator(mode="after")
     def _whole_phases(self) -> PCMConfig:

@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...data.batch import Batch, Cond
 from ...draws import Draw
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...maths.scalars import Scalar, value
 from ...maths.solvers import sample
 from ...maths.spectrum import high_frequency_share
@@ -41,14 +41,14 @@ from .trajectory import TrajectoryConfig
 if TYPE_CHECKING:
     from ...models.denoiser import Denoiser
 
-TERMS = ("consistency", "reward", "plain", "proxy")
-WEIGHTS: Mapping[str, Scalar] = {"reward": 1.0}
 MEASURED_ROWS = 32  # real samples whose high frequencies those of the student are compared with
 
 
 class RGLCDConfig(TrajectoryConfig):
     """Knobs of `RGLCD`. `weights`: consistency, reward (beta, a number or a schedule), plain, proxy."""
 
+    default_weights: ClassVar[Mapping[str, Scalar]] = {"reward": 1.0}
+    terms: ClassVar[tuple[str, ...]] = ("consistency", "reward", "plain", "proxy")
     reward: str | dict[str, Any] = Field(
         default="hpsv2", description="a name, or {name: {from: FOLDER, weight: 1}, ...}"
     )
@@ -60,15 +60,6 @@ class RGLCDConfig(TrajectoryConfig):
     reward_rows: int | None = Field(default=None, gt=0, description="rows of a micro-batch with a reward; null: all")
     clean_target: bool = Field(default=False, description="targets from a second student that sees no reward")
     proxy: ProxySpec = ProxySpec()
-    weights: dict[str, Scalar] = dict(WEIGHTS)
-
-    @field_validator("weights")
-    @classmethod
-    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return {**WEIGHTS, **said}
 
     @model_validator(mode="after")
     def _reward_is_sound(self) -> RGLCDConfig:

@@ -14,14 +14,14 @@ The paper published no code; solver, sub-steps, adversarial form and defaults fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...maths.consistency import walk
 from ...maths.losses import discriminator_rows, generator_rows, mse_rows
 from ...maths.paths import VPPath, expand
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ...models.denoiser import Denoiser
     from ...store import Store
 
-WEIGHTS: Mapping[str, Scalar] = {"consistency": 1.0, "adversarial": 0.4, "discriminator": 1.0}
-TERMS = (*WEIGHTS, "r1")
 NUDGE = 0.1  # how far r1 moves a real sample, in units of the data
 
 
@@ -49,6 +47,8 @@ class SCottConfig(TrajectoryConfig):
     `adversarial: null` or a weight of 0 removes D. r1 is on when a weight is given; 1 to 100 are usual.
     """
 
+    default_weights: ClassVar[Mapping[str, Scalar]] = {"consistency": 1.0, "adversarial": 0.4, "discriminator": 1.0}
+    terms: ClassVar[tuple[str, ...]] = ("consistency", "adversarial", "discriminator", "r1")
     levels: int | None = Field(default=None, gt=0, description="of the grid; null: the DDPM table, 1000 on flow paths")
     solver: Literal["er_sde", "ddim_eta", "euler_maruyama", "sde_dpm_2"] = "er_sde"
     eta: Scalar = Field(default=1.0, description="strength of the solver's noise: 0 ODE, 1 reverse diffusion")
@@ -61,15 +61,6 @@ class SCottConfig(TrajectoryConfig):
     )
     heads: Literal["mean", "conv"] = "mean"
     layers: tuple[str, ...] | None = Field(default=None, description="that D reads; null: the family's deepest")
-    weights: dict[str, Scalar] = dict(WEIGHTS)
-
-    @field_validator("weights")
-    @classmethod
-    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return {**WEIGHTS, **said}
 
     @model_validator(mode="after")
     def _solvable(self) -> SCottConfig:

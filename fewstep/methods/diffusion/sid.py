@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...maths.guidance import guided, guided_x0
 from ...maths.losses import discriminator_rows, generator_rows, l1_rows, mse_rows, rows_mean
 from ...maths.paths import FlowPath, Path, add_noise
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from ...models.denoiser import Denoiser
     from ...store import Store
 
-TERMS = ("sid", "gan", "denoise", "discriminator")
-WEIGHTS: Mapping[str, Scalar] = {"sid": 100.0, "gan": 0.01, "discriminator": 1.0}
 FLOOR = 1e-5  # of W, in units of the data
 DECADES = 2.0  # the log-uniform law spans t = 1 .. 10^-2
 
@@ -49,6 +47,8 @@ class SiDConfig(MethodConfig):
     `fake_guidance`, kappa_4 `guidance_scale`.
     """
 
+    default_weights: ClassVar[Mapping[str, Scalar]] = {"sid": 100.0, "gan": 0.01, "discriminator": 1.0}
+    terms: ClassVar[tuple[str, ...]] = ("sid", "gan", "denoise", "discriminator")
     steps: int | tuple[int, ...] = Field(default=1, description="calls a sample; a list: one is drawn at each step")
     start: float | None = Field(
         default=None, gt=0, lt=1, description="clock of the first level, whose input has no signal; null: pure noise"
@@ -70,15 +70,6 @@ class SiDConfig(MethodConfig):
     features: tuple[str, ...] | None = Field(
         default=None, description="submodules it reads; null: the family's deepest"
     )
-    weights: dict[str, Scalar] = dict(WEIGHTS)
-
-    @field_validator("weights")
-    @classmethod
-    def _over_defaults(cls, said: dict[str, Scalar]) -> dict[str, Scalar]:
-        unknown = [name for name in said if name not in TERMS]
-        if unknown:
-            raise ValueError(f"no loss term '{unknown[0]}': {nearest(unknown[0], TERMS)}")
-        return {**WEIGHTS, **said}
 
     @model_validator(mode="after")
     def _consistent(self) -> SiDConfig:

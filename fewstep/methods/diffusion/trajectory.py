@@ -8,7 +8,7 @@ is added to the loss.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class TrajectoryConfig(MethodConfig):
     """Knobs that all of them have; guidance is the usual scale (1 = off), so a paper's w is guidance_scale - 1."""
 
+    terms: ClassVar[tuple[str, ...]] = ("consistency",)
     steps: tuple[int, ...] = Field(default=(1, 2, 4, 8), description="numbers of steps the student is meant for")
     levels: int | None = Field(default=None, gt=0, description="of the grid; null: 50 on DDPM tables, 48 on flow paths")
     skip: float | None = Field(
