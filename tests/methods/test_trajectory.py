@@ -127,3 +127,10 @@ def test_an_adapter_cannot_gain_the_guidance_input():
 def test_a_network_without_a_place_for_guidance_says_so():
     with pytest.raises(UserError, match="no place for the input 'guidance'"):
         assemble(LCM().roles(), {"teacher": RoleSpec(**{"from": "gaussian"})}, seed=0)
+
+
+def test_a_sampling_guidance_of_zero_is_zero_and_not_the_middle_of_the_range():
+    """0 is the unconditional student, which a range from 0 trains."""
+    method = seated(LCM(LCM.Config(guidance_scale=(0.0, 8.0), sample_guidance=0.0)))
+    assert (method.schedule().guidance, method.schedule().embedded) == (0.0, True)
+    assert seated(LCM(LCM.Config(guidance_scale=(0.0, 8.0)))).schedule().guidance == 4.0

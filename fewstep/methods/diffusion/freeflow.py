@@ -94,7 +94,9 @@ class FreeFlowConfig(MethodConfig):
     def fed_guidance(self) -> float:
         """The guidance of the exported model."""
         scale = self.guidance_scale
-        return (self.sample_guidance or sum(scale) / 2) if isinstance(scale, tuple) else scale
+        if not isinstance(scale, tuple):
+            return scale
+        return sum(scale) / 2 if self.sample_guidance is None else self.sample_guidance
 
 
 class Asked(NamedTuple):

@@ -184,5 +184,6 @@ class PCM(TrajectoryMethod):
 
     def schedule_for(self, steps: int, kind: Literal["ode", "renoise"]) -> Schedule:
         """`steps` levels; they are the upper edges of the phases."""
-        fed = self.fed_guidance() if self.config.embedded else self.config.sample_guidance or 1.0
+        applied = 1.0 if self.config.sample_guidance is None else self.config.sample_guidance
+        fed = self.fed_guidance() if self.config.embedded else applied
         return Schedule(kind, self.path.grid(steps), guidance=fed, embedded=self.config.embedded)

@@ -179,8 +179,10 @@ class TrajectoryMethod(DiffusionMethod):
 
     def fed_guidance(self) -> float:
         """What the student is told when sampled; 1 when it has no such input."""
-        scale = self.config.guidance_scale
-        return 1.0 if not self.config.embedded else self.config.sample_guidance or sum(scale) / 2
+        said, scale = self.config.sample_guidance, self.config.guidance_scale
+        if not self.config.embedded:
+            return 1.0
+        return sum(scale) / 2 if said is None else said
 
     def steps_offered(self) -> tuple[int, ...]:
         """As configured."""
