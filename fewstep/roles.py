@@ -26,6 +26,7 @@ from .maths.scalars import Scalar
 from .models.family import Loaded, Surroundings
 from .models.folder import open_model
 from .models.registry import FAMILIES
+from .nets.extra_inputs import RELATIVE, time_layers
 from .nets.lora import Adapter, checkpointed, use
 
 Tune = Literal["full", "lora", "frozen"]
@@ -123,6 +124,11 @@ class Handle:
     def name(self) -> str:
         """The role's name."""
         return self.role.name
+
+    @property
+    def shifted(self) -> bool:
+        """Whether an adapter reads the second time from a shifted label (`models.denoiser.shifted_label`)."""
+        return self.adapter is not None and "s" in self.role.adds
 
     @property
     def device(self) -> torch.device:
@@ -313,7 +319,7 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
         module = module.requires_grad_(tune == "full").train(role.train_mode)
         if spec.gradient_checkpointing:
             checkpointed(module)
-        adapter = _adapter(module, spec, loaded.family).to(device) if tune == "lora" else None
+        adapter = _adapter(module, spec, loaded.family, role).to(device) if tune == "lora" else None
     origin = str(FilePath(source).resolve()) if source is not None and FilePath(source).is_dir() else source
     return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin, loaded.around)
 
@@ -321,7 +327,7 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
 def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
     if tune != "full":  # one copy of the weights: a view
         _upgraded(base.module, role, base.family, tune)
-        adapter = _adapter(base.module, spec, base.family).to(base.device) if tune == "lora" else None
+        adapter = _adapter(base.module, spec, base.family, role).to(base.device) if tune == "lora" else None
         if spec.gradient_checkpointing:
             checkpointed(base.module)
         return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin, base.around)
@@ -334,8 +340,11 @@ def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
 
 
 def _upgraded(module: nn.Module, role: Role, family: str | None, tune: Tune) -> nn.Module:
-    """`module` with the inputs that the role adds; an adapter holds low-rank changes only and no new layer."""
-    if not role.adds:
+    """`module` with the inputs that the role adds.
+
+    An adapter holds low-rank changes only and no new layer: it reads a second time and a sign from the label.
+    """
+    if not role.adds or (tune == "lora" and set(role.adds) <= set(RELATIVE)):
         return module
     if tune != "full":
         raise UserError(
@@ -359,8 +368,11 @@ def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, 
     return open_model(source)
 
 
-def _adapter(module: nn.Module, spec: RoleSpec, family: str | None) -> Adapter:
+def _adapter(module: nn.Module, spec: RoleSpec, family: str | None, role: Role) -> Adapter:
+    known = FAMILIES.get(family) if family is not None else None
     targets = spec.lora.targets
     if isinstance(targets, str):
-        targets = FAMILIES.get(family).lora_targets(targets) if family is not None else ["*"]
+        targets = known.lora_targets(targets) if known is not None else ["*"]
+    if role.adds and known is not None:
+        targets = [*targets, *time_layers(module, known.facts.time_embedding)]  # labels mean something new
     return Adapter(module, rank=spec.lora.rank, alpha=spec.lora.alpha or float(spec.lora.rank), targets=targets)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .paths import Path, expand
+
+Rescale = Literal["energy"]
 
 
 class Denoises(Protocol):
@@ -65,6 +67,22 @@ def guided_x0(
     cond: Any,
     scale: Tensor | float,
     interval: tuple[float, float] | None = None,
+    rescale: Rescale | None = None,
 ) -> Tensor:
-    """`guided` for the clean sample; the same as x - t times the guided velocity, since guidance is linear."""
-    return guided(denoiser, x, t, cond, scale, interval, what="x0")
+    """`guided` for the clean sample; the same as x - t times the guided velocity, since guidance is linear.
+
+    rescale "energy": what is guided gets the norm of the conditional prediction, row by row, so that large scales do not
+    raise contrast.
+    """
+    if rescale is None or (isinstance(scale, float | int) and scale == 1):
+        return guided(denoiser, x, t, cond, scale, interval, what="x0")
+    both = type(cond).cat([cond, denoiser.null(cond)])
+    tied, free = denoiser.x0(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return same_norm(cfg(free, tied, scale), tied)
+
+
+def same_norm(x: Tensor, like: Tensor) -> Tensor:
+    """x |like| / |x| with norms over whole rows, float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norms = [v.to(wide).flatten(1).norm(dim=1) for v in (like, x)]
+    return x * expand(norms[0] / norms[1].clamp_min(1e-6), x)

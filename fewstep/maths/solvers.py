@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .guidance import Denoises, guided_x0
+from .guidance import Denoises, Rescale, guided_x0
 from .paths import expand
 from .sde import ddim_eta_step, er_sde_step, euler_maruyama_step, sde_dpm_2_step
 
@@ -32,8 +32,11 @@ __all__ = [
 ]
 
 Kind = Literal["ode", "renoise"]
+Target = Literal["next", "zero", "same"]
 KINDS = ("ode", "renoise")
 NOISES = ("fresh", "start")
+TARGETS = (None, "next", "zero", "same")
+RESCALES = (None, "energy")
 
 
 class Draws(Protocol):
@@ -52,6 +55,10 @@ class Schedule:
     guidance: the usual scale, 1 = off. embedded: it is an input of the network, so a sample costs no second pass.
     noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
     origin: u was picked from a grid of so many levels (LCM's 50); None: u is the whole grid.
+    target: the second time s that a two-time network is told at t: the "next" level, "zero", or the "same" t; None for
+        networks with one time.
+    last: of "next": what the last step, which ends at 0, is told, as a share of its t.
+    rescale: "energy" gives the guided x0 the norm of the conditional one.
     Raises UserError when a value is out of range or u does not decrease.
     """
 
@@ -61,11 +68,19 @@ class Schedule:
     noise: str = "fresh"
     embedded: bool = False
     origin: int | None = None
+    target: Target | None = None
+    last: float = 0.0
+    rescale: Rescale | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "u", tuple(float(level) for level in self.u))
         if self.kind not in KINDS or self.noise not in NOISES:
             raise UserError(f"sampler {self.kind!r} with noise {self.noise!r}: allowed are {KINDS} with {NOISES}")
+        if self.target not in TARGETS or self.rescale not in RESCALES or not 0 <= self.last <= 1:
+            raise UserError(
+                f"target {self.target!r}, rescale {self.rescale!r}, last {self.last}: allowed are {TARGETS}, {RESCALES}, "
+                "and 0 to 1"
+            )
         if not self.u or min(self.u) <= 0 or max(self.u) > 1:
             raise UserError(f"schedule levels {self.u} must be one or more numbers above 0 and at most 1")
         if any(later >= earlier for earlier, later in zip(self.u, self.u[1:])):
@@ -84,6 +99,14 @@ class Schedule:
     def steps(self) -> int:
         """Number of network calls a sample."""
         return len(self.u)
+
+    def told(self, t: float, t_next: float) -> float | None:
+        """The second time of the call at t, in a step to t_next (0: the last one); None where there is none."""
+        if self.target is None:
+            return None
+        if self.target == "next":
+            return t_next if t_next > 0 else self.last * t
+        return t if self.target == "same" else 0.0
 
 
 def step(
@@ -122,7 +145,9 @@ def rollout(
     for j in range(until):
         t = denoiser.path.time(levels[j])
         t_next = denoiser.path.time(levels[j + 1]) if levels[j + 1] > 0 else 0.0
-        x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), cond, scale)
+        s = schedule.told(t, t_next)
+        said = cond if s is None else cond.with_(s=x.new_full((len(x),), s))
+        x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), said, scale, rescale=schedule.rescale)
         x = step(schedule.kind, x, x0, t, t_next, _renoise(schedule, t_next, start, draw, j))
     return x, levels[until]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ class Total(dict[str, Tensor]):
     """A barrier that adds numbers up: `n = yield Total(tokens=mask.sum())` gives `n["tokens"]` over all parts and ranks."""
 
 
+class Levels(NamedTuple):
+    """A loss told apart by noise level: `rows` [rows] at flow times `t` [rows]."""
+
+    rows: Tensor
+    t: Tensor
+
+
 @dataclass(frozen=True)
 class Update:
     """A barrier that trains: backward through `losses`, add gradients up over parts and ranks, step `roles`.
@@ -57,12 +64,14 @@ class Update:
         multiplies each term by its entry in `config.weights` (1 when absent).
     keep: name -> rows that go to the store of that name under the samples' ids.
     metrics: name -> tensor ([rows] or scalar); averaged and logged. Nothing here may force a host sync.
+    levels: name -> rows of a loss and their noise levels; the report draws their means against t.
     """
 
     roles: str | tuple[str, ...]
     losses: Mapping[str, Tensor | Mean]
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    levels: Mapping[str, Levels] = field(default_factory=dict)
 
     @property
     def role_names(self) -> tuple[str, ...]:
@@ -228,6 +237,10 @@ class Method:
 
     def samples(self, rows: int, seed: int) -> Tensor | None:
         """Generated rows [rows, channels, height, width] in [-1, 1] for previews, guards and scores; None: does not generate."""
+
+    def pictures(self, rows: int, seed: int) -> Mapping[str, Tensor]:
+        """Further rows of images like those of `samples`, by what they show ("negative time"), for previews and report."""
+        return {}
 
     def exported(self) -> str:
         """The role that `model/` holds."""

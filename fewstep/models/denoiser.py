@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Cond
+from ..errors import UserError
 from ..maths.losses import mse_rows
 from ..maths.paths import Path, add_noise, eps_from_velocity, score_from_velocity, x0_from_velocity
 from ..nets.extra_inputs import feeding
@@ -48,13 +49,14 @@ class Denoiser:
         scale = self.path.input_scale(t)
         if isinstance(scale, Tensor) or scale != 1:
             state = state * _expand(scale, state)
-        arguments = self.family.pack(self.handle.module, state, self.path.timestep(t), cond)
-        with feeding(self.handle.module, cond):
+        label = shifted_label(self.path, t, cond) if self.handle.shifted else self.path.timestep(t)
+        arguments = self.family.pack(self.handle.module, state, label, cond)
+        with feeding(self.handle.module, cond, t):
             answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
         return answer if answer.dtype == torch.float64 else answer.float()
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """v(x, t, cond), eps - x0 in expectation."""
+        """v(x, t, cond), eps - x0 in expectation; told a second time `cond.s`, the mean velocity from t down to s."""
         return self.path.velocity(self.output(x, t, cond), x, t)
 
     def x0(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -103,6 +105,18 @@ class Denoiser:
             for hook in hooks:
                 hook.remove()
         return [kept[name] for name in names]
+
+
+def shifted_label(path: Path, t: Tensor, cond: Cond) -> Tensor:
+    """Label of a network without a place for a second time: sign * timestep(t - s / 2) (TwinFlow, arXiv 2512.05150).
+
+    An adapter learns it. At s = 0 it is the ordinary label, so a stock pipeline calls such a student unchanged; at s = t
+    it is that of t / 2, and different pairs (t, s) may share one. UserError when `cond` says no `s`.
+    """
+    if "s" not in cond:
+        raise UserError(f"this network reads 's', which its condition lacks: it has {sorted(cond)}")
+    label = path.timestep(t - cond["s"] / 2)
+    return cond["sign"] * label if "sign" in cond else label
 
 
 class _AllSeen(Exception):

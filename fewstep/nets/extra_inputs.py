@@ -1,9 +1,13 @@
-"""Scalars that a network learns to read: a duration, a guidance scale. Their values are part of the call.
+"""Scalars that a network learns to read: a second time, a sign, a guidance scale. Their values are part of the call.
 
-    attach(module, ("delta", "guidance"), "time_embedding")       # equals what it was, for every value
-    with feeding(module, Cond(label=y, delta=d, guidance=g)):     # what a Denoiser does in every call
+    attach(module, ("s", "guidance"), "time_embedding")           # equals what it was, for every value
+    with feeding(module, Cond(label=y, s=s, guidance=g), t):      # what a Denoiser does in every call
         module(x, timestep, class_labels=y)
     stock = folded(module, {"delta": 1.0, "guidance": 4.0})       # the values for good, no extra input left
+
+Two inputs hang together with the time t of the call. `s`, the second time of a flow map or an average velocity, is
+embedded as the gap t - s, and `sign` (+1 or -1) chooses between two fields at one |t|; both add exactly nothing at s = t
+and at +1, before and after training, since their layers have no biases. There the network is an ordinary one.
 
 The network keeps its class: each scalar goes through sinusoids and two layers, and what comes out is added to the output
 of the time embedding by a forward hook. The parameters are the submodule `extra_inputs`, so that they train, average
@@ -28,10 +32,14 @@ _VALUES: ContextVar[Mapping[str, Tensor] | None] = ContextVar("fewstep_extra_inp
 NAME = "extra_inputs"
 FEATURES, SLOWEST, FASTEST = 256, 0.5, 32.0
 SCALE = {"guidance": 0.1}  # brings the usual values of an input to about 0..1
+RELATIVE = ("s", "sign")  # read together with t
 
 
 class ExtraInputs(nn.Module):
-    """The sum over inputs of W2 silu(W1 [sin(f s), cos(f s)] + b1) + b2, with W2 = b2 = 0 before training: [rows, width].
+    """The sum over inputs of W2 silu(W1 phi + b1) + b2, with W2 = b2 = 0 before training: [rows, width].
+
+    phi(v) = [sin(f v), cos(f v)] of the input's value v; for `s` phi(t - s) - phi(0) and for `sign` phi(t) where it is
+    -1 and 0 where it is +1, both with b1 = b2 = 0 for good.
 
     The 128 frequencies f grow from 0.5 to 32 radians: a network that is differentiated in the scalar wants smooth
     features, and the thousand radians of a timestep embedding would make the derivative the loudest thing in it.
@@ -42,28 +50,37 @@ class ExtraInputs(nn.Module):
     def __init__(self, names: Sequence[str], width: int):
         super().__init__()
         self.names = tuple(names)
-        self.embeddings = nn.ModuleDict({name: _embedding(width) for name in self.names})
+        self.embeddings = nn.ModuleDict({name: _embedding(width, name not in RELATIVE) for name in self.names})
         steps = torch.linspace(0, 1, FEATURES // 2)
         self.register_buffer("frequencies", SLOWEST * (FASTEST / SLOWEST) ** steps, persistent=False)
 
     def forward(self, values: Mapping[str, Tensor]) -> Tensor:
-        """values: each input [rows]."""
-        return torch.stack([self._embedded(name, values[name]) for name in self.names]).sum(0)
+        """values: each input [rows], and the time `t` [rows] of the call where one of `RELATIVE` is among them."""
+        return torch.stack([self.embeddings[name](self._features(name, values)) for name in self.names]).sum(0)
 
-    def _embedded(self, name: str, value: Tensor) -> Tensor:
-        angle = (SCALE.get(name, 1.0) * value.to(self.frequencies.dtype))[:, None] * self.frequencies
-        return self.embeddings[name](torch.cat([angle.sin(), angle.cos()], 1))
+    def _features(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        if name == "s":
+            return self._waves(values["t"] - values["s"]) - self._waves(torch.zeros_like(values["t"]))
+        if name == "sign":
+            negative = (1 - values["sign"].to(self.frequencies)) / 2
+            return negative[:, None] * self._waves(values["t"])
+        return self._waves(SCALE.get(name, 1.0) * values[name])
+
+    def _waves(self, value: Tensor) -> Tensor:
+        angle = value.to(self.frequencies.dtype)[:, None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], 1)
 
     def add(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The forward hook: a method of this module, so that a deep copy of the network hooks its own copy."""
-        return output + self({name: fed(name) for name in self.names}).to(output.dtype)
+        also = ("t",) if set(self.names) & set(RELATIVE) else ()
+        return output + self({name: fed(name) for name in (*self.names, *also)}).to(output.dtype)
 
 
-def _embedding(width: int) -> nn.Sequential:
-    last = nn.Linear(width, width)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), last)
+def _embedding(width: int, biased: bool) -> nn.Sequential:
+    last = nn.Linear(width, width, bias=biased)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.Linear(FEATURES, width, bias=biased), nn.SiLU(), last)
 
 
 def attach(module: nn.Module, inputs: Sequence[str], time_embedding: str) -> nn.Module:
@@ -81,16 +98,23 @@ def attach(module: nn.Module, inputs: Sequence[str], time_embedding: str) -> nn.
 
 
 @contextmanager
-def feeding(module: nn.Module, cond: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block `module` reads its inputs from `cond`; UserError when one is missing there."""
+def feeding(module: nn.Module, cond: Mapping[str, Tensor], t: Tensor | None = None) -> Iterator[None]:
+    """Within the block `module` reads its inputs from `cond`, in a call at time t [rows].
+
+    `sign` is +1 where `cond` says none; UserError when another input is missing there.
+    """
     extra = getattr(module, NAME, None)
     if extra is None:
         yield
         return
-    missing = [name for name in extra.names if name not in cond]
+    given: dict[str, Tensor] = {name: cond[name] for name in extra.names if name in cond}
+    if t is not None:
+        given["t"] = t
+        given.setdefault("sign", torch.ones_like(t))
+    missing = [name for name in extra.names if name not in given]
     if missing:
         raise UserError(f"this network reads '{missing[0]}', which its condition lacks: it has {sorted(cond)}")
-    token = _VALUES.set({name: cond[name] for name in extra.names})
+    token = _VALUES.set(given)
     try:
         yield
     finally:
@@ -98,19 +122,29 @@ def feeding(module: nn.Module, cond: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def fed(name: str) -> Tensor:
-    """The value [rows] of an input in the call that is running; UserError outside of `feeding`."""
+    """The value [rows] of an input, or of the time `t`, in the call that is running; UserError outside of `feeding`."""
     values = _VALUES.get()
     if values is None or name not in values:
         raise UserError(f"this network reads '{name}': call it through a Denoiser, or export it")
     return values[name]
 
 
+def reads(module: nn.Module) -> tuple[str, ...]:
+    """Names of a network's extra inputs; empty for a stock one."""
+    extra = getattr(module, NAME, None)
+    return tuple(extra.names) if extra is not None else ()
+
+
 @torch.no_grad()
 def folded(module: nn.Module, values: Mapping[str, float]) -> nn.Module:
     """A copy that answers as `module` does at these constant values, and has no extra inputs.
 
-    What the inputs add is then a constant vector: it goes into the last bias of the time embedding.
+    What the inputs add is then a constant vector: it goes into the last bias of the time embedding. UserError for an
+    input that depends on the time of the call.
     """
+    unfit = [name for name in reads(module) if name in RELATIVE]
+    if unfit:
+        raise UserError(f"the input '{unfit[0]}' changes with the time of a call: it cannot be made a constant")
     plain = copy.deepcopy(module)
     extra = plain.get_submodule(NAME)
     assert isinstance(extra, ExtraInputs)
@@ -122,6 +156,17 @@ def folded(module: nn.Module, values: Mapping[str, float]) -> nn.Module:
             _last_linear(place).bias.add_(shift)
     delattr(plain, NAME)
     return plain
+
+
+def time_layers(module: nn.Module, time_embedding: str | None) -> list[str]:
+    """Names of the linear layers in a network's time embedding, as `attach` takes its name."""
+    inside = [(name, part) for name, part in module.named_modules() if fnmatch.fnmatch(name, time_embedding or "")]
+    return [
+        f"{name}.{inner}" if inner else name
+        for name, part in inside
+        for inner, layer in part.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
 
 
 def _places(module: nn.Module, pattern: str) -> list[nn.Module]:
