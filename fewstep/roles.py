@@ -26,7 +26,7 @@ from .maths.scalars import Scalar
 from .models.family import Loaded, Surroundings
 from .models.folder import open_model
 from .models.registry import FAMILIES
-from .nets.extra_inputs import RELATIVE, time_layers
+from .nets.extra_inputs import RELATIVE, reads, time_layers
 from .nets.lora import Adapter, checkpointed, use
 
 Tune = Literal["full", "lora", "frozen"]
@@ -68,6 +68,7 @@ class RoleSpec(BaseModel):
     lora: LoraSpec = LoraSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: float | None = Field(default=None, ge=0, lt=1, description="decay of the averaged copy; null = none")
+    ema_warmup: bool = Field(default=False, description="the decay grows from 0 to `ema`: d += (1 - d) (ema - d) / 2")
     gradient_checkpointing: bool = False
 
 
@@ -117,6 +118,7 @@ class Handle:
         owner = adapter if adapter is not None else module
         self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
         self.ema: dict[str, nn.Parameter] | None = None
+        self.ema_decay = 0.0 if spec.ema_warmup else spec.ema or 0.0
         if spec.ema is not None and tune != "frozen":
             self.ema = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trainable().items()}
 
@@ -128,7 +130,7 @@ class Handle:
     @property
     def shifted(self) -> bool:
         """Whether an adapter reads the second time from a shifted label (`models.denoiser.shifted_label`)."""
-        return self.adapter is not None and "s" in self.role.adds
+        return self.adapter is not None and "s" in self.role.adds and "s" not in reads(self.module)
 
     @property
     def device(self) -> torch.device:
@@ -176,10 +178,12 @@ class Handle:
 
     @torch.no_grad()
     def update_ema(self, decay: float | None = None) -> None:
-        """ema <- decay ema + (1 - decay) parameters."""
+        """ema <- decay ema + (1 - decay) parameters. The decay: as told, or the recipe's, with its warm-up."""
         if self.ema is None:
             return
-        weight = 1 - (decay if decay is not None else self.spec.ema or 0.0)
+        if decay is None and self.spec.ema_warmup:
+            self.ema_decay += 0.5 * (1 - self.ema_decay) * ((self.spec.ema or 0.0) - self.ema_decay)
+        weight = 1 - (decay if decay is not None else self.ema_decay)
         parameters = self.trainable()
         torch._foreach_lerp_(list(self.ema.values()), [parameters[n].detach() for n in self.ema], weight)
 
@@ -340,18 +344,19 @@ def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
 
 
 def _upgraded(module: nn.Module, role: Role, family: str | None, tune: Tune) -> nn.Module:
-    """`module` with the inputs that the role adds.
+    """`module` with the inputs that the role adds; those that it reads already stay as they were trained.
 
     An adapter holds low-rank changes only and no new layer: it reads a second time and a sign from the label.
     """
-    if not role.adds or (tune == "lora" and set(role.adds) <= set(RELATIVE)):
+    added = [name for name in role.adds if name not in reads(module)]
+    if not added or (tune == "lora" and not reads(module) and set(added) <= set(RELATIVE)):
         return module
     if tune != "full":
         raise UserError(
-            f"{role.name}.tune is {tune}, but the network gains an input ({', '.join(role.adds)}): write tune: full, or "
+            f"{role.name}.tune is {tune}, but the network gains an input ({', '.join(added)}): write tune: full, or "
             "switch the input off in `config`"
         )
-    return FAMILIES.get(str(family)).upgrade(module, role.adds)
+    return FAMILIES.get(str(family)).upgrade(module, added)
 
 
 def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, Handle]) -> Loaded:

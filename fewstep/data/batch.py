@@ -44,8 +44,25 @@ class Cond(Mapping[str, Tensor]):
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Rows of several conds, one after the other; all have the same fields."""
+        """Rows of several conds, one after the other; all have the same fields.
+
+        With a `mask` [rows, length] among them, shorter texts are padded with zeros to the longest.
+        """
+        if "mask" in conds[0]:
+            conds = _as_long(conds)
         return Cond(**{name: torch.cat([cond[name] for cond in conds]) for name in conds[0]})
+
+
+def _as_long(conds: Sequence[Cond]) -> list[Cond]:
+    """Zeros after the texts, in the fields that are as long as the mask everywhere."""
+    lengths = [cond["mask"].shape[1] for cond in conds]
+    texts = [n for n in conds[0] if all(cond[n].shape[1:2] == (length,) for cond, length in zip(conds, lengths))]
+    return [cond.with_(**{n: _padded(cond[n], max(lengths)) for n in texts}) for cond in conds]
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    more = length - value.shape[1]
+    return torch.cat([value, value.new_zeros(len(value), more, *value.shape[2:])], 1) if more else value
 
 
 @dataclass(frozen=True)

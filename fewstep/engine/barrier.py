@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Mean, Total, Update
 from . import distributed
+from .levels import binned
 
 Part = Iterator[Update | Total]
 Seed = tuple[int | str, ...]
@@ -28,10 +29,14 @@ class ContractError(RuntimeError):
 
 @dataclass
 class Barrier:
-    """What all parts together said at one yield: the update's roles, and sums over this rank's parts."""
+    """What all parts together said at one yield: the update's roles, and sums over this rank's parts.
+
+    levels: name -> [2, bins], sums and counts of rows by noise level.
+    """
 
     roles: tuple[str, ...]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    levels: dict[str, Tensor] = field(default_factory=dict)
     keep: list[tuple[int, Mapping[str, Tensor]]] = field(default_factory=list)
 
 
@@ -94,6 +99,7 @@ def _barrier(said: Sequence[Update], gradients: Gradients) -> Barrier:
         terms = backward(update, gradients)
         numbers = {name: value.detach().float().mean() / len(said) for name, value in update.metrics.items()}
         barrier.metrics = _add([barrier.metrics, {**numbers, **terms}])
+        barrier.levels = _add([barrier.levels, {name: binned(rows) for name, rows in update.levels.items()}])
         if update.keep:
             barrier.keep.append((index, update.keep))
     return barrier

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from .levels import KEY, Points, by_level
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Points = list[tuple[float, float]]
 Line = Mapping[str, Any]
 
 NOT_CURVES = {"step", "time", "stage", "warning", "validation_seconds"}
@@ -44,9 +45,14 @@ class Curve:
 
 
 def curves(lines: Sequence[Line]) -> list[Curve]:
-    """One plot for all losses, one for all gradient norms, one for each other number; stage boundaries are marked."""
+    """One plot for all losses, one for all gradient norms, one for each other number; stage boundaries are marked.
+
+    Losses by noise level come after the losses, one plot for each name.
+    """
     marks = stage_starts(lines)
-    return [Curve(_title(group, numbers), _plot(numbers, marks)) for group, numbers in grouped(series(lines)).items()]
+    plots = [Curve(_title(group, numbers), _plot(numbers, marks)) for group, numbers in grouped(series(lines)).items()]
+    levels = [Curve(f"Loss by noise level: {name}", _level_plot(parts)) for name, parts in by_level(lines).items()]
+    return plots[:1] + levels + plots[1:]
 
 
 def _title(group: str, numbers: Mapping[str, Points]) -> str:
@@ -55,11 +61,13 @@ def _title(group: str, numbers: Mapping[str, Points]) -> str:
 
 
 def series(lines: Iterable[Line]) -> dict[str, Points]:
-    """name -> [(step, value)] of every logged number; infinite values and NaN are left out."""
+    """name -> [(step, value)] of every logged number; infinite values, NaN and single noise levels are left out."""
     found: dict[str, Points] = {}
     for line in lines:
         for name, value in line.items():
-            if name not in NOT_CURVES and isinstance(value, int | float) and math.isfinite(value):
+            if name in NOT_CURVES or KEY.fullmatch(name) or not isinstance(value, int | float):
+                continue
+            if math.isfinite(value):
                 found.setdefault(name, []).append((line["step"], value))
     return found
 
@@ -123,9 +131,7 @@ def _plot(numbers: Mapping[str, Points], marks: Sequence[tuple[float, str]]) -> 
         for (name, points), colour in zip(numbers.items(), cycle(COLOURS)):
             style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 15 else {}
             axes.plot(*zip(*thinned(points)), color=colour, label=name, linewidth=1.3, **style)
-        values = [y for points in numbers.values() for _, y in points]
-        if min(values) > 0 and max(values) > WIDE_RANGE * min(values):
-            axes.set_yscale("log")
+        _scale(axes, numbers)
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
         _mark(axes, marks)
@@ -133,6 +139,27 @@ def _plot(numbers: Mapping[str, Points], marks: Sequence[tuple[float, str]]) -> 
             axes.legend(frameon=False, ncols=2 if len(numbers) > 3 else 1)
 
     return _svg(draw)
+
+
+def _level_plot(parts: Mapping[str, Points]) -> str:
+    """A line for each part of training; the latest is the strongest."""
+
+    def draw(axes: Axes) -> None:
+        for i, (part, points) in enumerate(parts.items()):
+            strength = (i + 1) / len(parts)
+            axes.plot(*zip(*points), marker="o", markersize=3, color=COLOURS[0], alpha=strength, label=part)
+        _scale(axes, parts)
+        axes.set(xlabel="flow time t (1 is noise)", xlim=(0, 1))
+        axes.legend(frameon=False)
+
+    return _svg(draw)
+
+
+def _scale(axes: Axes, numbers: Mapping[str, Points]) -> None:
+    """A logarithmic axis for positive values over a wide range."""
+    values = [y for points in numbers.values() for _, y in points]
+    if min(values) > 0 and max(values) > WIDE_RANGE * min(values):
+        axes.set_yscale("log")
 
 
 def _mark(axes: Axes, marks: Sequence[tuple[float, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ..maths.solvers import Schedule
 from ..methods.base import DiffusionMethod, Method
 from ..models.folder import card
 from ..models.registry import FAMILIES
+from ..nets.extra_inputs import reads
 from ..recipe import Recipe, load_recipe
 from ..roles import Handle, assemble
 from . import checkpoint, distributed
@@ -49,7 +51,9 @@ def meet_export(method: Method, handles: dict[str, Handle]) -> None:
         handle.path = getattr(method, method.exported()).path = path
         return exported(family, method.schedule())
 
-    sort = {"labels": class_count(handle.module) is not None, "latent": handle.around is not None}
+    _check_adapter(method, handle)
+    sort: dict[str, Any] = {"labels": class_count(handle.module) is not None, "latent": handle.around is not None}
+    sort |= {"reads": reads(handle.module), "steps": method.steps_offered()}
     path = training_path(family, handle.path, schedule_on, **sort)
     schedule = schedule_on(path)
     target = target_for(family, path, schedule, **sort)
@@ -59,6 +63,14 @@ def meet_export(method: Method, handles: dict[str, Handle]) -> None:
             raise UserError(
                 f"{n} steps would visit levels that are not among the {schedule.origin} trained: leave {n} out"
             )
+
+
+def _check_adapter(method: DiffusionMethod, handle: Handle) -> None:
+    """An adapter reads its second time from the label, which only at s = 0 is the one that pipelines feed."""
+    if handle.shifted and method.schedule().target != "zero":
+        raise UserError(
+            f"{handle.name}.tune is lora: such a student is sampled with config.sampler: few, or write tune: full"
+        )
 
 
 def export_run(trainer: Trainer) -> Path | None:
@@ -103,19 +115,30 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
 def check_export(method: Method, model: Path, rows: int | None = None, seed: int = 0) -> float:
     """Largest difference between the method's own samples and those of a fresh process that has only diffusers.
 
-    rows: default 20, or 2 where a VAE decodes. RunFailed when the images differ or the folder does not load there. 0 for
-    models that no pipeline samples.
+    A student told a second time is sampled in other numbers of steps too. rows: default 20, or 2 where a VAE decodes.
+    RunFailed when the images differ or the folder does not load there. 0 for models that no pipeline samples.
     """
     if not isinstance(method, DiffusionMethod) or not card(model).get("pipeline"):
         return 0.0
     role = getattr(method, method.exported())
     rows = rows or (20 if role.around is None else 2)
+    schedule = method.schedule()
+    further = {n: replace(schedule, u=role.path.grid(n)) for n in _further(method, decodes=role.around is not None)}
     with _whole_float32(role.handle):
         samples = method.samples(rows, seed)
+        others = {n: method.samples(rows, seed, other) for n, other in further.items()}
     asked = method.sources["train"].fetch(torch.arange(rows) % len(method.sources["train"]), None)
     noise = addresses(Draw.for_images(seed, np.arange(rows)))
-    start, *later = [noise(i, (rows, *role.row_shape)) for i in range(method.schedule().steps)]
-    return reload_check(model, samples, start, asked["cond"].get("label"), later, asked.get("prompt"))
+    start, *later = [noise(i, (rows, *role.row_shape)) for i in range(max(schedule.steps, *further, 0))]
+    return reload_check(model, samples, start, asked["cond"].get("label"), later, asked.get("prompt"), others)
+
+
+def _further(method: DiffusionMethod, decodes: bool) -> list[int]:
+    """Numbers of steps, beside its own, at which a student told a second time is held to its folder: 1, and up to 8."""
+    if method.schedule().target is None:
+        return []
+    affordable = [n for n in method.steps_offered() if n <= (2 if decodes else 8)]
+    return sorted({*affordable[:1], *affordable[-1:]} - {method.schedule().steps})
 
 
 @contextmanager
@@ -132,17 +155,18 @@ def _whole_float32(handle: Handle) -> Iterator[None]:
 def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:
     handle = handles[method.exported()]
     diffusion = method if isinstance(method, DiffusionMethod) else None
-    return write_folder(
-        method.exported_module(),
-        FAMILIES.get(str(handle.family)),
-        handle.path,
-        diffusion.schedule() if diffusion else None,
-        to,
-        steps_offered=diffusion.steps_offered() if diffusion else (),
-        card=_card(method, handle, recipe, steps),
-        adapter=handle.adapter,
-        around=handle.around,
-    )
+    with handle.averaged():  # the file with the adapter holds what is merged
+        return write_folder(
+            method.exported_module(),
+            FAMILIES.get(str(handle.family)),
+            handle.path,
+            diffusion.schedule() if diffusion else None,
+            to,
+            steps_offered=diffusion.steps_offered() if diffusion else (),
+            card=_card(method, handle, recipe, steps),
+            adapter=handle.adapter,
+            around=handle.around,
+        )
 
 
 def _card(method: Method, handle: Handle, recipe: Recipe, steps: int) -> dict[str, Any]:
@@ -155,7 +179,17 @@ def _card(method: Method, handle: Handle, recipe: Recipe, steps: int) -> dict[st
         "recipe": recipe.plain(),
         "evaluation": recipe.evaluation.model_dump(exclude_none=True),
         **_guidance_range(method),
+        **_size(handle),
     }
+
+
+def _size(handle: Handle) -> dict[str, Any]:
+    """Height and width in pixels, where the data alone says them: stock pipelines of such networks have to be told."""
+    family = FAMILIES.get(str(handle.family)) if handle.path is not None else None
+    if family is None or not family.facts.latent.any_size:
+        return {}
+    factor = getattr(handle.around, "factor", 1)
+    return {"size": [side * factor for side in family.row_shape(handle.module)[-2:]]}
 
 
 def _guidance_range(method: Method) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from . import distributed
+
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -16,6 +20,12 @@ class Interrupt:
     """`name` is the signal that came, or None."""
 
     name: str | None = None
+
+    def stops(self, device: torch.device, due: bool) -> bool:
+        """Whether the run ends after this step. Several processes agree on it, and only in a step that is `due`."""
+        if distributed.world() == 1:
+            return self.name is not None
+        return due and distributed.any_process(self.name is not None, device)
 
     def _note(self, number: int, _frame: Any) -> None:
         self.name = signal.Signals(number).name

@@ -1,13 +1,16 @@
-"""Sample grids as PNG files."""
+"""Sample grids as PNG files, and what a run shows of itself while it trains."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ..methods.base import Method
 
 
 def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
@@ -33,3 +36,23 @@ def save_grid(images: Tensor, file: Path, columns: int = 10) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     grid(images, columns).save(file)
     return file
+
+
+@torch.no_grad()
+def write_previews(method: Method, rows: int, seed: int, folder: Path, step: int) -> Tensor | None:
+    """Writes step-N.png of the method's samples, and NAME/step-N.png of each further picture. Returns the samples.
+
+    Samples that are no images are returned, not written; None: the method does not generate.
+    """
+    file = f"step-{step:06d}.png"
+    for caption, images in method.pictures(rows, seed).items():
+        save_grid(images, folder / slug(caption) / file)
+    samples = method.samples(rows, seed)
+    if samples is not None and samples.ndim == 4 and samples.shape[1] in (1, 3):
+        save_grid(samples, folder / file)
+    return samples
+
+
+def slug(caption: str) -> str:
+    """A caption as a folder's name, "negative time" -> "negative-time"."""
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")

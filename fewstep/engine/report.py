@@ -95,7 +95,7 @@ def _page(folder: Path) -> dict[str, Any]:
         "facts": _facts(folder, lines),
         "scores": _scores(folder / "scores.json"),
         "grids": [_picture(file, file.stem.replace("_", " ")) for file in sorted(folder.glob("*.png"))],
-        "previews": [_picture(f, _step(f)) for f in spread(sorted((folder / "previews").glob("*.png")), MOST_PREVIEWS)],
+        "previews": _previews(folder / "previews"),
         "curves": curves(lines),
         "warnings": [(line["step"], line["warning"]) for line in lines if "warning" in line],
         "usage": usage(folder / "model"),
@@ -142,6 +142,17 @@ def spread(files: Sequence[Path], most: int) -> list[Path]:
     if len(files) <= most:
         return list(files)
     return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+
+
+def _previews(folder: Path) -> dict[str, list[Picture]]:
+    """heading -> pictures over training: the samples, and what each folder of further pictures holds."""
+    further = {f.name.replace("-", " "): f for f in sorted(folder.glob("*")) if f.is_dir()}
+    shown = {heading: sorted(f.glob("*.png")) for heading, f in {"Previews while training": folder, **further}.items()}
+    return {
+        heading: [_picture(file, _step(file)) for file in spread(files, MOST_PREVIEWS)]
+        for heading, files in shown.items()
+        if files
+    }
 
 
 def _step(file: Path) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..recipe import Recipe
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, newest
 
 # Rows are addressed by their slot in the global batch, so the cut into micro-batches and processes may change as well.
 FREE = {
@@ -23,6 +24,17 @@ FREE = {
     "stores",
     "evaluation",
 }
+
+
+def to_resume(recipe: Recipe, folder: Path, resume: bool) -> Checkpoint | None:
+    """The newest checkpoint of the run in `folder`, None for a new run. UserError when a run is there and `resume` is False."""
+    found = newest(folder / "checkpoints")
+    if found is None:
+        return None
+    if not resume:
+        raise UserError(f"'{folder}' already holds a run: add --resume to go on with it, or choose another --out")
+    check_same_recipe(recipe, found)
+    return found
 
 
 def check_same_recipe(recipe: Recipe, saved: Checkpoint) -> None:

@@ -55,6 +55,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "recipe": trainer.recipe.plain(),
         "best": trainer.best.state(),
         "guards": trainer.guards.first,
+        "ema_decay": {name: handle.ema_decay for name, handle in trainer.handles.items()},
     }
 
 
@@ -78,6 +79,9 @@ def restore(trainer: Trainer, saved: Checkpoint) -> None:
     trainer.place = place(saved)
     trainer.best.load_state(saved.state["best"])
     trainer.guards.first = dict(saved.state["guards"])
+    decays = saved.state.get("ema_decay", {})  # checkpoints from before warm-ups have none
+    for name, handle in trainer.handles.items():
+        handle.ema_decay = decays.get(name, handle.ema_decay)
 
 
 def restore_roles(handles: Mapping[str, Handle], saved: Checkpoint) -> None:

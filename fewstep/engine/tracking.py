@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import distributed
+from .levels import BINS, means
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Window:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    levels: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, numbers: Mapping[str, Tensor]) -> None:
         """Counts each number in; alternating turns report different names."""
@@ -30,14 +32,23 @@ class Window:
             self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def add_levels(self, tables: Mapping[str, Tensor]) -> None:
+        """Adds name -> [2, bins] up, the sums and counts of rows by noise level."""
+        for name, table in tables.items():
+            self.levels[name] = self.levels[name] + table if name in self.levels else table
+
     def take(self) -> dict[str, float]:
-        """Means over the window and over processes; empties the window."""
+        """Means over the window and over processes, then those of noise levels with rows; empties the window."""
         if not self.sums:
             return {}
-        means = torch.stack([self.sums[n].float() / self.counts[n] for n in self.sums])
-        means = distributed.sum_tensors({"means": means})["means"] / distributed.world()
-        values = dict(zip(self.sums, means.tolist()))
-        self.sums, self.counts = {}, {}
+        numbers = torch.stack([self.sums[n].float() / (self.counts[n] * distributed.world()) for n in self.sums])
+        tables = [table.flatten() for table in self.levels.values()]
+        said = distributed.sum_tensors({"all": torch.cat([numbers, *tables])})["all"].tolist()
+        values = dict(zip(self.sums, said))
+        for i, name in enumerate(self.levels):
+            start = len(numbers) + 2 * BINS * i
+            values |= means(name, said[start : start + BINS], said[start + BINS : start + 2 * BINS])
+        self.sums, self.counts, self.levels = {}, {}, {}
         return values
 
 

@@ -23,7 +23,7 @@ from ..draws import Draw
 from ..errors import RunFailed, UserError, nearest
 from ..maths.scalars import value
 from ..methods.base import Event, Stage
-from ..recipe import Recipe, load_recipe
+from ..recipe import PreviewSpec, Recipe, ValidateSpec, load_recipe
 from ..roles import Handle, assemble
 from ..store import Store
 from . import checkpoint, distributed, snapshot
@@ -34,10 +34,10 @@ from .guards import Guards
 from .interrupt import Interrupt, watching
 from .offline import keep_rows, ready, run_offline
 from .optim import RoleOptimizer
-from .preview import save_grid
+from .preview import write_previews
 from .progress import Advance, bar
 from .report import report
-from .resume import check_same_recipe
+from .resume import to_resume
 from .sizes import cut, sizes
 from .snapshot import Place
 from .tracking import Tracker, Window, require_trackers, rewind
@@ -82,7 +82,7 @@ class Trainer:
         require_trackers(list(recipe.train.trackers))
         self.recipe, self.folder, self.only = recipe, folder, only
         self.checkpoints = folder / "checkpoints"
-        saved = self._saved(resume)
+        saved = to_resume(self.recipe, folder, resume)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), log_with=list(recipe.train.trackers) or None, project_dir=str(folder)
         )
@@ -112,14 +112,6 @@ class Trainer:
         return self.place.total
 
     # ---- setting up
-
-    def _saved(self, resume: bool) -> checkpoint.Checkpoint | None:
-        found = checkpoint.newest(self.checkpoints)
-        if found is None or resume:
-            if found is not None:
-                check_same_recipe(self.recipe, found)
-            return found
-        raise UserError(f"'{self.folder}' already holds a run: add --resume to go on with it, or choose another --out")
 
     def _stages(self) -> list[Stage]:
         patches = self.recipe.stages
@@ -275,6 +267,7 @@ class Trainer:
     def _finish(self, barrier: Barrier, ids: Sequence[Tensor]) -> tuple[str, ...]:
         distributed.sum_gradients(self._parameters(barrier.roles))
         self.window.add(barrier.metrics)
+        self.window.add_levels(barrier.levels)
         for role in barrier.roles:
             self.window.add(self.optimizers[role].step(self.place.step))
         for part, keep in barrier.keep:
@@ -286,14 +279,14 @@ class Trainer:
     def _after_step(self, stage: Stage, steps: int, progress: Advance) -> None:
         done, train = self.place.step, self.recipe.train
         last = done == steps
-        stop = self._stopping(last or done % train.log_every == 0)
+        stop = self.interrupt.stops(self.device, last or done % train.log_every == 0)
         save = stop or (train.save_every is not None and self.total % train.save_every == 0) or (last and self._final())
         note = self._log(stage) if last or save or done % train.log_every == 0 else None
         progress(1, note)
-        if self._due(self.recipe.preview, last):
-            self._preview()
-        if self._due(self.recipe.validation, last):
-            self._validate(stage)
+        if self.recipe.preview and self._due(self.recipe.preview.every, last):
+            self._preview(stage, self.recipe.preview)
+        if self.recipe.validation and self._due(self.recipe.validation.every, last):
+            self._validate(stage, self.recipe.validation)
         if save:
             self.save()
         if stop:
@@ -306,16 +299,8 @@ class Trainer:
             or self.only is not None
         )
 
-    def _due(self, spec: Any, last: bool) -> bool:
-        return spec is not None and (last or self.total % spec.every == 0)
-
-    def _stopping(self, due: bool) -> bool:
-        flag = self.interrupt.name is not None
-        return (
-            distributed.any_process(flag, self.device)
-            if due and distributed.world() > 1
-            else flag and distributed.world() == 1
-        )
+    def _due(self, every: int, last: bool) -> bool:
+        return last or self.total % every == 0
 
     def _log(self, stage: Stage) -> str:
         numbers = self.window.take()
@@ -335,28 +320,19 @@ class Trainer:
     def _fail(self, reason: str) -> None:
         raise RunFailed(f"training stopped: {reason}. {checkpoint.last_good(self.checkpoints)}")
 
-    def _preview(self) -> None:
-        spec = self.recipe.preview
-        assert spec is not None
-        with torch.no_grad():
-            samples = self.method.samples(spec.n, self.recipe.train.seed) if self.main else None
-        if samples is None:
-            return
-        if samples.ndim == 4 and samples.shape[1] in (1, 3):
-            save_grid(samples, self.folder / "previews" / f"step-{self.total:06d}.png")
-        reason = self.guards.look(self.total, samples)
-        self._warn(self.stages[self.place.stage])
+    def _preview(self, stage: Stage, spec: PreviewSpec) -> None:
+        seed, folder = self.recipe.train.seed, self.folder / "previews"
+        samples = write_previews(self.method, spec.n, seed, folder, self.total) if self.main else None
+        reason = self.guards.look(self.total, samples) if samples is not None else None
+        self._warn(stage)
         if reason is not None:
             self._fail(reason)
 
-    def _validate(self, stage: Stage) -> None:
-        spec = self.recipe.validation
-        assert spec is not None
+    def _validate(self, stage: Stage, spec: ValidateSpec) -> None:
         started = time.monotonic()
         numbers = validate(self.method, self.source(spec.source), spec, self.recipe, self.device)
-        self.tracker.log(
-            self.total, {"stage": stage.name, "validation_seconds": round(time.monotonic() - started, 3), **numbers}
-        )
+        took = {"validation_seconds": round(time.monotonic() - started, 3)}
+        self.tracker.log(self.total, {"stage": stage.name, **took, **numbers})
         self.best.offer(self.total, numbers)
 
     # ---- saving

@@ -20,6 +20,7 @@ from .path_config import path_config
 
 FORMAT = 1
 HASHED = ("*.safetensors", "*.py")
+SECOND_TIME = ("target", "last", "rescale")  # words of a schedule that the pipelines which folders carry know
 
 
 def sampling(path: NoisePath, schedule: Schedule, steps: Sequence[int]) -> dict[str, Any]:
@@ -82,14 +83,27 @@ def _usage(said: Mapping[str, Any]) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("FOLDER"{trust})',
         f"image = pipe({_call(said)}).images[0]",
     ]
-    code = "```python\n" + "\n".join(lines) + "\n```\n"
+    code = "```python\n" + "\n".join(lines) + "\n```\n" + _any_steps(said)
     if not said["remote_code"]:
         return code
-    file = said["remote_code"]
+    files = " and ".join(f"`{file}`" for file in said["remote_code"])
     return (
         code
-        + f"\nThis runs `{file}` of this folder: read it first. With `fewstep_pipelines` installed nothing is run.\n"
+        + f"\nThis runs {files} of this folder: read it first. With `fewstep_pipelines` installed nothing is run.\n"
     )
+
+
+def _any_steps(said: Mapping[str, Any]) -> str:
+    """What is special about a student that is told a second time."""
+    if not said["schedule"].get("target"):
+        return ""
+    which = "every N that divides the scheduler's table" if said["path"]["kind"] == "vp" else "every N"
+    text = f"\nOne model for any number of steps: `num_inference_steps=N`, {which}.\n"
+    if said.get("times"):
+        text += (
+            "The network in its folder is a stock one, the plain model; `times/` holds what tells it a second time.\n"
+        )
+    return text
 
 
 def _call(said: Mapping[str, Any]) -> str:
@@ -99,7 +113,13 @@ def _call(said: Mapping[str, Any]) -> str:
     # The class pipeline knows its own scale; a stock one would fall back to 7.5 or 5.
     asked = said["prompts"] and said["guidance_scale"] in ("embedded", "cfg")
     scale = f", guidance_scale={said['schedule']['guidance']:g}" if asked else ""
-    return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}"
+    return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}{_size(said)}"
+
+
+def _size(said: Mapping[str, Any]) -> str:
+    """Where the network does not say it."""
+    height, width = said.get("size") or (None, None)
+    return f", height={height}, width={width}" if height else ""
 
 
 def _adapter(said: Mapping[str, Any]) -> str:
@@ -107,13 +127,16 @@ def _adapter(said: Mapping[str, Any]) -> str:
     if not (said.get("lora") and said["prompts"]):
         return ""
     steps, scale = len(said["schedule"]["u"]), said["schedule"]["guidance"]
+    told = f", guidance_scale={scale:g}" if said["guidance_scale"] != "none" else ""
+    if said["remote_code"]:  # which hands its scheduler the levels, where the stock pipeline would not
+        told += f", sigmas={said['schedule']['u']}"
     return (
         f"The same student as an adapter of its base: `{said['lora']}`.\n\n```python\n"
         f"from diffusers import DiffusionPipeline, {said['scheduler']}\n"
         'pipe = DiffusionPipeline.from_pretrained("BASE")\n'
         f'pipe.scheduler = {said["scheduler"]}.from_pretrained("FOLDER", subfolder="scheduler")\n'
         'pipe.load_lora_weights("FOLDER")\n'
-        f'image = pipe("a photo of a cat", num_inference_steps={steps}, guidance_scale={scale:g}).images[0]\n```\n'
+        f'image = pipe("a photo of a cat", num_inference_steps={steps}{told}{_size(said)}).images[0]\n```\n'
     )
 
 
@@ -128,8 +151,24 @@ def _schedule(said: Mapping[str, Any]) -> str:
         "guidance scale (1 = off)": schedule["guidance"],
         "the pipeline's `guidance_scale`": _guidance(said),
         "path": f"`{said['path']['kind']}`",
+        **_second_time(schedule),
     }
     return "## How it must be sampled\n\n" + _table([{"what": k, "value": v} for k, v in rows.items()])
+
+
+def _second_time(schedule: Mapping[str, Any]) -> dict[str, str]:
+    """What the network is told beside t, and what becomes of guidance."""
+    last = f"; in the last one {schedule['last']:g} t" if schedule.get("last") else ""
+    told = {
+        "next": f"the level that the step goes to{last}",
+        "zero": "0",
+        "same": "t itself, for the instantaneous velocity",
+    }.get(schedule.get("target") or "")
+    rescaled = schedule.get("rescale") and schedule["guidance"] != 1
+    return {
+        **({"second time told": told} if told else {}),
+        **({"guided clean images": "have the norm of the conditional ones"} if rescaled else {}),
+    }
 
 
 def _guidance(said: Mapping[str, Any]) -> str:

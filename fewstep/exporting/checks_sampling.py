@@ -15,11 +15,12 @@ from ..maths.paths import Path
 from ..maths.solvers import Schedule
 from ..models.folder import path_from
 from ..models.registry import FAMILIES
-from .card import schedule_from
+from ..models.times import TIMES
+from .card import SECOND_TIME, schedule_from
 from .finding import Check, Finding, Findings, Subject
 from .fresh import given_noise, images_of
 from .grids import Pairs, grid, same_pairs, start_of, trained_pairs
-from .index import INDEX, foreign_code
+from .index import INDEX, foreign_code, read_index
 from .network import class_count, network_of, takes_prompts
 from .pipeline import addresses, load_pipeline
 from .targets import row_of, trained_at
@@ -67,11 +68,30 @@ def _against_card(said: Mapping[str, Any], name: str, config: Mapping[str, Any])
 
 def _offered(said: Mapping[str, Any], scheduler: Any, path: Path, schedule: Schedule) -> Findings:
     """A student of a grid must find the levels of every number of steps it is offered for there."""
-    asked = said["steps"] if schedule.origin else []
+    asked = said["steps"] if schedule.origin or schedule.target else []
     off = [n for n in asked if not trained_at(scheduler, said["pipeline"], path, schedule, n)]
     if off:
-        what = f"{off[0]} steps call the network off the {schedule.origin} levels that were trained"
+        levels = f"{schedule.origin} levels that were trained" if schedule.origin else "levels of its path"
+        what = f"{off[0]} steps call the network off the {levels}"
         yield Finding("warn", what, f"sample it in {schedule.steps} steps")
+
+
+def _second_time(model: Subject) -> Findings:
+    """The pipeline must tell the network what it was trained to be told."""
+    if not model.said.get("times"):
+        return
+    index, schedule = read_index(model.folder), model.said["schedule"]
+    if not (index.get(TIMES) or [None])[0]:
+        yield Finding(
+            "error", f"{INDEX} names no {TIMES}, so the second time is never told", "restore it from the export"
+        )
+        return
+    changed = [word for word in SECOND_TIME if index.get(word) != schedule[word]]
+    if changed:
+        what = f"{INDEX} has {changed[0]} = {index.get(changed[0])}; exported was {schedule[changed[0]]}"
+        yield Finding("error", what, "restore it from the export")
+    else:
+        yield Finding("ok", f"the network is told its second time ('{schedule['target']}')")
 
 
 def _labels(pairs: Pairs) -> str:
@@ -83,7 +103,9 @@ def _code(model: Subject) -> Findings:
     if foreign:
         yield Finding("warn", f"brings code that is not fewstep's: {foreign[0]}", "read it before you trust it")
     elif model.said.get("remote_code"):
-        what = f"diffusers wants trust_remote_code=True for {model.said['remote_code']}; 0.36 runs it without asking"
+        files = model.said["remote_code"]  # before two-time students, the name of one file
+        files = files if isinstance(files, str) else " and ".join(files)
+        what = f"diffusers wants trust_remote_code=True for {files}; 0.36 runs it without asking"
         yield Finding("ok", what, "with fewstep_pipelines installed, its class loads the folder and runs nothing of it")
     elif (model.folder / INDEX).exists():
         yield Finding("ok", "needs no code of its own: stock diffusers classes")
@@ -126,7 +148,8 @@ def _samples(model: Subject) -> Findings:
     labels = [0, 0] if class_count(network_of(pipeline)) else None
     prompts = ["a photo of a cat"] * 2 if takes_prompts(pipeline) else None
     with given_noise(pipeline, addresses(Draw.for_images(0, np.arange(2)))):
-        images = images_of(pipeline, 2, labels, steps, model.said.get("schedule", {}).get("guidance"), prompts)
+        scale, size = model.said.get("schedule", {}).get("guidance"), model.said.get("size")
+        images = images_of(pipeline, 2, labels, steps, scale, prompts, size)
     if not np.isfinite(images).all():
         yield Finding("error", f"a {steps}-step sample holds NaN", "go back to an earlier checkpoint")
     elif images.std() == 0 or ((images <= 0) | (images >= 1)).mean() > 0.99:
@@ -135,4 +158,4 @@ def _samples(model: Subject) -> Findings:
         yield Finding("ok", f"loads, and samples in {steps} step{'s' if steps > 1 else ''}")
 
 
-SAMPLING_CHECKS: tuple[Check, ...] = (_scheduler, _code, _versions, _loads)
+SAMPLING_CHECKS: tuple[Check, ...] = (_scheduler, _second_time, _code, _versions, _loads)

@@ -1,11 +1,14 @@
-"""Writing a checkpoint folder: network, scheduler, pipeline, and how it must be sampled, all or nothing."""
+"""Writing a checkpoint folder: network, scheduler, pipeline, and how it must be sampled, all or nothing.
+
+A two-time network is written as a stock one, the plain flow model that it is at s = t, and its extra inputs beside it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,14 +17,18 @@ from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
 from ..models.family import Family, Surroundings
 from ..models.folder import CARD
-from ..nets.extra_inputs import folded
+from ..models.times import TIMES, times_of, write_times
+from ..nets.extra_inputs import folded, reads, weights_aside
 from ..nets.lora import Adapter
 from .atomic import written_aside
-from .card import provenance, readme, sampling
-from .grids import OWN, start_of
+from .card import SECOND_TIME, provenance, readme, sampling
+from .grids import start_of
 from .lora import LORA_FILE, save_lora
 from .network import class_count, takes_prompts
 from .targets import Target, exported, offered_steps, target_for
+
+if TYPE_CHECKING:
+    from fewstep_pipelines import FewStepTimes
 
 README = "README.md"
 
@@ -53,7 +60,7 @@ def export(
     with written_aside(out) as aside:
         said = {"family": family.name, **card}
         if path is None or schedule is None:
-            family.save(module, aside)
+            _save(module, family, aside)
         else:
             said |= _sampled(module, family, path, schedule, steps_offered, aside, around)
         if adapter is not None:
@@ -78,27 +85,31 @@ def _sampled(
     """Writes a network that generates, with the pipeline around it where there is one, and says what was written."""
     parts = {} if around is None else dict(around.parts())
     if not family.facts.pipeline or (around is not None and parts.get("vae") is None):
-        family.save(module, aside)
+        _save(module, family, aside)
         return sampling(path, schedule, steps or [schedule.steps])
     told, schedule = schedule, exported(family, schedule)
     inside = {"guidance": told.guidance} if told.embedded and not schedule.embedded else {}
     network = folded(module, inside) if inside else module
     classes = class_count(network)
-    target = target_for(family, path, schedule, labels=classes is not None, latent=around is not None)
+    sort: dict[str, Any] = {"labels": classes is not None, "latent": around is not None, "reads": reads(network)}
+    target = target_for(family, path, schedule, **sort, steps=steps)
     guidance = target.guidance(schedule)
     network = family.sealed(network) if guidance == "baked" else network
-    family.save(network, aside)
+    times = _save(network, family, aside)
     parts |= {family.facts.component: network, "scheduler": target.scheduler_for(path, schedule)}
+    if times is not None and target.times:
+        parts[TIMES] = times
     pipeline = target.pipeline_class()(**parts, **_defaults(target, path, schedule))
     for name, part in parts.items():
-        if name != family.facts.component and hasattr(part, "save_pretrained"):
+        if name != family.facts.component and hasattr(part, "save_pretrained"):  # `times` with its code
             part.save_pretrained(aside / name)
     pipeline.save_config(aside)
     return {
         **sampling(path, schedule, steps or offered_steps(target, path, schedule)),
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
-        "remote_code": next((file.name for file in aside.glob("*.py")), None),
+        "remote_code": sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*.py")),
+        "times": list(parts[TIMES].embeddings) if TIMES in parts else None,
         "classes": classes,
         "prompts": takes_prompts(pipeline),
         "guidance_scale": guidance,
@@ -106,11 +117,27 @@ def _sampled(
     }
 
 
+def _save(module: nn.Module, family: Any, folder: Path) -> FewStepTimes | None:
+    """Writes the network, which is a stock one, and its extra inputs into a folder of their own; answers those."""
+    with weights_aside(module):
+        family.save(module, folder)
+    if not reads(module):
+        return None
+    times = times_of(module, family.facts.time_embedding)
+    write_times(times, folder / TIMES)
+    return times
+
+
 def _defaults(target: Target, path: NoisePath, schedule: Schedule) -> dict[str, Any]:
     """What the pipeline that folders carry does unless it is told otherwise."""
-    if target.pipeline != OWN:
+    if not target.carried:
         return {}
-    return {"default_steps": schedule.steps, "default_guidance_scale": schedule.guidance, "start": start_of(path)}
+    return {
+        "default_steps": schedule.steps,
+        "default_guidance_scale": schedule.guidance,
+        "start": start_of(path),
+        **{word: getattr(schedule, word) for word in SECOND_TIME},
+    }
 
 
 def _prefix(family: Any) -> str:

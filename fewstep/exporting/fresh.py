@@ -3,8 +3,8 @@
     python fresh.py FOLDER REQUEST.safetensors ANSWER.safetensors
 
 The script imports diffusers, torch, numpy and safetensors only, and bars the way to fewstep. REQUEST holds `noise.0`
-(start), `noise.1` ... (what the scheduler draws) and maybe `labels`; its metadata says steps, guidance, trust, and
-prompts as a JSON list or null.
+(start), `noise.1` ... (what the scheduler draws) and maybe `labels`; its metadata says guidance, trust, and, as a JSON
+list or null, prompts, size, and numbers of steps, for each of which the images are made.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ def given_noise(pipeline: Any, noise: Callable[[int, tuple[int, ...]], Any]) -> 
     """Within the block `randn_tensor` of the pipeline's and its scheduler's module answers noise(i, shape) to call i.
 
     Stock pipelines take no noise for the scheduler, some take none at all, and ConsistencyModelPipeline refuses latents
-    of other than three channels; but all draw through this one function, the start first.
+    of other than three channels; but all draw through this one function, the start first. Where the pipeline packs its
+    latents, its scheduler draws for packed ones: `noise` is asked for latents always.
     """
-    modules: set[Any] = {sys.modules[type(part).__module__] for part in (pipeline, pipeline.scheduler)}
+    bases = [*type(pipeline).__mro__, type(pipeline.scheduler)]  # a pipeline may inherit what draws its start
+    modules: set[Any] = {sys.modules[base.__module__] for base in bases}
     kept = {module: module.randn_tensor for module in modules if hasattr(module, "randn_tensor")}
-    calls = iter(range(sys.maxsize))
+    asked: list[tuple[int, ...]] = []
+    pack = getattr(pipeline, "_pack_latents", None)
 
     def answer(shape: Any, *_generator: Any, device: Any = None, dtype: Any = None, **_other: Any) -> Any:
-        return noise(next(calls), tuple(shape)).to(device=device, dtype=dtype)
+        asked.append(tuple(shape))
+        if pack is None or len(asked) == 1:
+            return noise(len(asked) - 1, asked[-1]).to(device=device, dtype=dtype)
+        rows, *_, channels, height, width = asked[0]
+        latents = noise(len(asked) - 1, asked[0]).to(device=device, dtype=dtype)
+        return pack(latents, rows, channels, height, width)
 
     try:
         for module in kept:
@@ -47,8 +55,12 @@ def images_of(
     steps: int | None,
     guidance: float | None,
     prompts: Sequence[str] | None = None,
+    size: Sequence[int] | None = None,
 ) -> Any:
-    """Images [rows, height, width, channels] in 0..1. What is None, or no argument of the pipeline's, is not passed."""
+    """Images [rows, height, width, channels] in 0..1. What is None, or no argument of the pipeline's, is not passed.
+
+    size: (height, width) in pixels, for pipelines whose network does not say it.
+    """
     takes = inspect.signature(pipeline.__call__).parameters
     said = {
         "batch_size": rows,
@@ -57,12 +69,15 @@ def images_of(
         "num_inference_steps": steps,
         "guidance_scale": guidance,
     }
+    if size is not None:
+        # SANA's would draw at the nearest size of its own table, and resize.
+        said |= {"height": size[0], "width": size[1], "use_resolution_binning": False}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(output_type="np", **{k: v for k, v in said.items() if v is not None and k in takes}).images
 
 
 def main(folder: str, request: str, answer: str) -> None:
-    """Loads the pipeline in `folder`, samples it once, and writes `images` [rows, channels, height, width] in 0..1."""
+    """Loads the pipeline in `folder`, samples it, and writes `images` [rows, channels, height, width] in 0..1."""
     for name in ("fewstep", "fewstep_pipelines", "fewstep_kernels"):
         sys.modules[name] = None  # type: ignore[assignment]  # from here on, importing it fails
     import torch
@@ -77,14 +92,16 @@ def main(folder: str, request: str, answer: str) -> None:
     if getattr(pipeline, "watermark", None) is not None:
         pipeline.watermark = None  # of SDXL, where the package for it is installed: no work of the network
     labels = given["labels"].tolist() if "labels" in given else None
-    asked = (labels, int(said["steps"]), float(said["guidance"]), json.loads(said["prompts"]))
+    asked = (float(said["guidance"]), json.loads(said["prompts"]), json.loads(said["size"]))
 
     def noise(i: int, shape: tuple[int, ...]) -> Any:
         return given.get(f"noise.{i}", torch.zeros(shape))  # a last step to t = 0 multiplies its noise by 0
 
-    with given_noise(pipeline, noise):
-        images = images_of(pipeline, len(given["noise.0"]), *asked)
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
+    made = []
+    for steps in json.loads(said["steps"]):
+        with given_noise(pipeline, noise):
+            made.append(torch.from_numpy(images_of(pipeline, len(given["noise.0"]), labels, steps, *asked)))
+    pixels = torch.cat(made).permute(0, 3, 1, 2).contiguous().float()
     save_file({"images": pixels}, answer, {"pipeline": type(pipeline).__name__})
 
 

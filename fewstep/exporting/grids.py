@@ -9,13 +9,16 @@ import torch
 
 from ..maths.paths import FlowPath, Path
 
-OWN = "fewstep_pipelines:FewStepClassPipeline"
+CARRIED = "fewstep_pipelines"  # whose files folders carry
+OWN = f"{CARRIED}:FewStepClassPipeline"
+TEXT = ("FewStepSD3Pipeline", "FewStepSanaPipeline", "FewStepQwenImagePipeline")  # for families with text
+HAND_SIGMAS = (OWN.split(":")[1], *TEXT, "QwenImagePipeline")
 Pairs = list[tuple[float, float]]
 
 
 def passes_sigmas(pipeline: str, scheduler: Any) -> bool:
     """Whether the pipeline (its class name) hands the scheduler sigmas 1, 1-1/N, ... (times its start), not N alone."""
-    return pipeline == OWN.split(":")[1] and type(scheduler).__name__.startswith("FlowMatch")
+    return pipeline in HAND_SIGMAS and type(scheduler).__name__.startswith("FlowMatch")
 
 
 def start_of(path: Path) -> float:
@@ -24,7 +27,10 @@ def start_of(path: Path) -> float:
 
 
 def grid(scheduler: Any, pipeline: str, steps: int, start: float = 1.0) -> Pairs:
-    """[(label fed, flow time stepped from)] of a `steps`-step run, read from the scheduler after `set_timesteps`."""
+    """[(label fed, flow time stepped from)] of a `steps`-step run, read from the scheduler after `set_timesteps`.
+
+    ValueError when the scheduler refuses so many, or steps to other levels than it goes on from.
+    """
     if passes_sigmas(pipeline, scheduler):
         scheduler.set_timesteps(sigmas=[start * (1 - i / steps) for i in range(steps)])
     else:
@@ -32,6 +38,8 @@ def grid(scheduler: Any, pipeline: str, steps: int, start: float = 1.0) -> Pairs
     labels = scheduler.timesteps
     if is_flow(scheduler):
         return list(zip(labels.tolist(), scheduler.sigmas[: len(labels)].tolist()))
+    if type(scheduler).__name__ == "DDIMScheduler" and len(scheduler.alphas_cumprod) % steps:
+        raise ValueError(f"{steps} steps do not divide the table of {len(scheduler.alphas_cumprod)}")
     abar = scheduler.alphas_cumprod.double()[labels.long()]
     return list(zip(labels.tolist(), torch.sigmoid((torch.log1p(-abar) - torch.log(abar)) / 2).tolist()))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..models.times import TIMES
 
 INDEX = "model_index.json"
 
@@ -52,9 +53,21 @@ def pipeline_class(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def foreign_code(folder: Path) -> list[Path]:
-    """Python files in the folder other than copies of `fewstep_pipelines`, which are never run from there."""
-    files = (file.relative_to(folder) for file in folder.rglob("*.py"))
-    return sorted(file for file in files if len(file.parts) > 1 or file.stem not in shipped())
+    """Python files in the folder other than copies of `fewstep_pipelines`, which are never run from there.
+
+    Copies lie in the folder itself and in `times/`; one that a component of another place names is foreign.
+    """
+    files = {file.relative_to(folder) for file in folder.rglob("*.py")}
+    copies = {file for file in files if file.stem in shipped() and file.parent.as_posix() in (".", TIMES)}
+    return sorted((files - copies) | {Path(f"{name}.py") for name in _reached(folder)})
+
+
+def _reached(folder: Path) -> list[str]:
+    """Names of code that model_index.json reaches for by way of other folders, as diffusers would let it."""
+    if not (folder / INDEX).exists():
+        return []
+    parts = [part for part in read_index(folder).values() if isinstance(part, list)]
+    return [part[0] for part in parts if part and isinstance(part[0], str) and not set(part[0]).isdisjoint("/\\")]
 
 
 def shipped() -> set[str]:

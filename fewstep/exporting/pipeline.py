@@ -130,24 +130,30 @@ def _pixels(
 ) -> Any:
     try:
         with given_noise(pipeline, addresses(draw)):
-            return images_of(pipeline, draw.rows, labels, steps, guidance, prompts)
+            return images_of(pipeline, draw.rows, labels, steps, guidance, prompts, _card(pipeline).get("size"))
     except ValueError as error:  # a number of steps or a guidance that the scheduler or pipeline cannot do
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{type(pipeline).__name__} refuses steps={steps}, guidance={guidance}: {reason}") from error
 
 
 def _defaults(pipeline: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float | None]:
-    origin = pipeline.config.get("_name_or_path")
-    whole = card(Path(origin)) if origin else {}
+    whole = _card(pipeline)
     said = whole.get("schedule", {})
     steps = steps or (len(said["u"]) if said else None)
     if whole.get("guidance_scale") == "baked" and guidance not in (None, 1):
         raise UserError("guidance is baked into this model, which ignores the number: leave it out")
-    if "guidance_scale" in inspect.signature(pipeline.__call__).parameters:
+    takes = "guidance_scale" in inspect.signature(pipeline.__call__).parameters
+    if takes and whole.get("guidance_scale") != "none":
         return steps, said.get("guidance") if guidance is None else guidance
     if guidance not in (None, 1):
         raise UserError(f"{type(pipeline).__name__} has no guidance: leave it out (1 is off)")
     return steps, None
+
+
+def _card(pipeline: Any) -> dict[str, Any]:
+    """fewstep.json of the folder that the pipeline was loaded from; empty without one."""
+    origin = pipeline.config.get("_name_or_path")
+    return card(Path(origin)) if origin else {}
 
 
 def _labels(pipeline: Any, n: int, labels: Sequence[int] | Tensor | None) -> Tensor | None:

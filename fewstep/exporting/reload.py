@@ -33,12 +33,13 @@ def reload_check(
     labels: Tensor | None = None,
     renoise: Sequence[Tensor] = (),
     prompts: Sequence[str] | None = None,
+    further: Mapping[int, Tensor] | None = None,
 ) -> float:
     """Largest absolute difference between `expected` and the images of the reloaded folder, both in 0..1.
 
     expected [n, channels, height, width] in [-1, 1], as `Method.samples` gives them; latents: unit noise they start
     from, [n, *row_shape]; labels [n] int64; renoise: the noise added after level 1, 2, ... by a "renoise" schedule;
-    prompts [n] of a text-to-image folder.
+    prompts [n] of a text-to-image folder; further: what is expected at other numbers of steps.
     Raises RunFailed when the folder does not load without fewstep, or the difference is 1e-4 or more (1e-3 where a VAE
     decodes).
     """
@@ -48,7 +49,9 @@ def reload_check(
     given = {f"noise.{i}": noise for i, noise in enumerate((latents, *renoise))}
     if labels is not None and said["classes"]:
         given["labels"] = labels
-    images = fresh_images(Path(folder), said, given, prompts)
+    further = further or {}
+    images = fresh_images(Path(folder), said, given, prompts, *([list(further)] if further else []))
+    expected = torch.cat([expected, *further.values()])
     difference = ((expected.cpu().float() / 2 + 0.5).clamp(0, 1) - images).abs().max().item()
     if not difference < (DECODED_TOLERANCE if (Path(folder) / "vae").is_dir() else TOLERANCE):
         what = f"reloaded in a fresh process, its images are off by {difference:.1e}"
@@ -57,14 +60,22 @@ def reload_check(
 
 
 def fresh_images(
-    folder: Path, said: Mapping[str, Any], given: Mapping[str, Tensor], prompts: Sequence[str] | None = None
+    folder: Path,
+    said: Mapping[str, Any],
+    given: Mapping[str, Tensor],
+    prompts: Sequence[str] | None = None,
+    further: Sequence[int] = (),
 ) -> Tensor:
-    """Images [n, channels, height, width] in 0..1 from a process of its own that cannot import fewstep."""
+    """Images [n, channels, height, width] in 0..1 from a process of its own that cannot import fewstep.
+
+    further: other numbers of steps, whose images follow, [n (1 + len(further)), ...].
+    """
     words = {
-        "steps": str(len(said["schedule"]["u"])),
+        "steps": json.dumps([len(said["schedule"]["u"]), *further]),
         "guidance": str(said["schedule"]["guidance"]),
         "trust": "yes" if said["remote_code"] else "no",
         "prompts": json.dumps(list(prompts) if said["prompts"] and prompts else None),
+        "size": json.dumps(said.get("size")),
     }
     with tempfile.TemporaryDirectory() as place:
         request, answer = Path(place, "request.safetensors"), Path(place, "answer.safetensors")

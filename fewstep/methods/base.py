@@ -188,7 +188,7 @@ class Method:
     paper: ClassVar[Paper | None] = None
     proven: ClassVar[Literal["measured", "unit", "reconstruction"]] = "unit"
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    row_multiple: ClassVar[int] = 1  # batches are cut in named row parts
+    row_multiple: int = 1  # batches are cut in named row parts
     batch_losses: ClassVar[bool] = False  # losses over the whole batch (InfoNCE): accumulation is refused
 
     def __init__(self, config: MethodConfig | None = None):
@@ -261,7 +261,12 @@ class DiffusionMethod(Method):
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
         """Wraps every role that is a base model (or a copy or adapter of one) in a `Denoiser`."""
         from ..models.denoiser import Denoiser
+        from ..models.registry import FAMILIES
 
+        for handle in handles.values():
+            family = FAMILIES.get(str(handle.family)) if handle.path is not None else None
+            if family is not None and family.facts.latent.any_size and "train" in sources:
+                family.fit(handle.module, sources["train"].row_shape)
         shown = {n: Denoiser.of(h) if h.path is not None else h for n, h in handles.items()}
         super().bind(shown, sources, stores)  # type: ignore[arg-type]
 
@@ -277,8 +282,11 @@ class DiffusionMethod(Method):
         """Conditions of the first samples of the source `train`."""
         return self.sources["train"].fetch(torch.arange(rows) % len(self.sources["train"]), None)["cond"]
 
-    def samples(self, rows: int, seed: int) -> Tensor:
-        """Images of the exported role's own sampler, on the first conditions of the source `train`; image i has noise i."""
+    def samples(self, rows: int, seed: int, schedule: Schedule | None = None) -> Tensor:
+        """Images of the exported role's own sampler, on the first conditions of the source `train`; image i has noise i.
+
+        schedule: another than the method's own.
+        """
         from ..draws import Draw
         from ..maths.solvers import sample
 
@@ -286,4 +294,4 @@ class DiffusionMethod(Method):
         cond = self.preview_cond(rows).to(role.device)
         draw = Draw.for_images(seed, np.arange(rows), device=role.device)
         with role.averaged():
-            return role.decode(sample(role, self.schedule(), cond, draw, role.row_shape))
+            return role.decode(sample(role, schedule or self.schedule(), cond, draw, role.row_shape))

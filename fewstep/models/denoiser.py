@@ -51,7 +51,8 @@ class Denoiser:
             state = state * _expand(scale, state)
         label = shifted_label(self.path, t, cond) if self.handle.shifted else self.path.timestep(t)
         arguments = self.family.pack(self.handle.module, state, label, cond)
-        with feeding(self.handle.module, cond, t):
+        plain = "s" not in cond and "s" not in self.handle.role.adds  # of a two-time network: the flow model at s = t
+        with feeding(self.handle.module, cond.with_(s=t) if plain else cond, t):
             answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
         return answer if answer.dtype == torch.float64 else answer.float()
 

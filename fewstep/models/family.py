@@ -77,13 +77,15 @@ class Family(Protocol):
 @dataclass(frozen=True)
 class Latent:
     """What the network's input is, against pixels: `channels`, spatial `factor` of the VAE, `patch` packed into channels,
-    `multiple` that sizes must divide, temporal `frames` factor. Pixel families have factor 1."""
+    `multiple` that sizes must divide, temporal `frames` factor. Pixel families have factor 1. any_size: stock
+    pipelines do not read the size off the network's config, and have to be told."""
 
     channels: int | None = None
     factor: int = 1
     patch: int = 1
     multiple: int = 1
     frames: int = 1
+    any_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,3 +202,6 @@ class DiffusionFamily:
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
         """Shape of one row of the network's input, [channels, height, width]."""
         raise NotImplementedError
+
+    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
+        """Tells a network of `latent.any_size` the data's shape of a row, None where there are prompts alone."""

@@ -15,6 +15,7 @@ from ..resources import locate
 from .hub import find_model, local
 from .known import KNOWN
 from .registry import FAMILIES
+from .times import TIMES, read_times
 
 if TYPE_CHECKING:
     from .family import DiffusionFamily, Loaded
@@ -98,6 +99,8 @@ def load_component(family: DiffusionFamily, folder: FilePath) -> Loaded:
             module = network.from_pretrained(place, use_safetensors=True).float()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {class_name} from '{folder}': {str(error).splitlines()[0]}") from error
+    if (folder / TIMES).is_dir():
+        read_times(module, folder / TIMES)
     return Loaded(module, family.name, _path_in(folder))
 
 

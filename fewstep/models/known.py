@@ -20,4 +20,12 @@ KNOWN: Mapping[str, Known] = {
         "stable_diffusion", {"size": "sd21", "sample_size": 64, "prediction_type": "epsilon"}
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": Known("stable_diffusion_xl", {"size": "sdxl"}),
+    "stabilityai/stable-diffusion-3-medium-diffusers": Known("stable_diffusion_3", {"size": "sd3_medium"}),
+    "stabilityai/stable-diffusion-3.5-medium": Known("stable_diffusion_3", {"size": "sd35_medium"}),
+    "stabilityai/stable-diffusion-3.5-large": Known("stable_diffusion_3", {"size": "sd35_large"}),
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": Known("sana", {"size": "600m"}),
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": Known("sana", {"size": "600m", "sample_size": 32}),
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": Known("sana", {"size": "1600m", "sample_size": 16}),
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": Known("sana", {"size": "1600m"}),
+    "Qwen/Qwen-Image": Known("qwen_image", {"size": "20b"}),
 }

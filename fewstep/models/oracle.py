@@ -20,6 +20,7 @@ from ..errors import UserError
 from .build import parse
 from .family import DiffusionFamily, Facts, Loaded
 from .folder import path_from
+from .times import TIMES, read_times
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TIME_SCALE = 1000.0  # networks are fed 1000 t
@@ -188,6 +189,8 @@ class OracleFamily(DiffusionFamily):
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"'{place / WEIGHTS}' does not fit {CONFIG}: {reason}") from error
+        if (folder / TIMES).is_dir():
+            read_times(loaded.module, folder / TIMES)
         return loaded
 
     def pack(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..data.batch import Cond
 from ..errors import UserError
 from ..store import content_key
+from .hub import find_model
 from .quiet import quiet
 
 INDEX = "model_index.json"
@@ -34,14 +35,19 @@ class PipelineSurroundings:
 
     folder: of the pipeline; None for a network built from sizes, which has nothing around it.
     pipeline: stock class, whose own `encode_prompt` makes conditions. classes: part -> "module:Class".
+    network: name of the pipeline's network, which `encode_prompt` does without.
     absent: parts that the pipeline's constructor asks for and that are never loaded.
+    blocks, usual_factor: the VAE's config entry with a width a level, and pixels a latent where there is no VAE.
     pixels_at_once: the VAE works on so many pixels at a time (and on one row at least), which bounds its memory.
     """
 
     pipeline: str
     classes: Mapping[str, str]
+    network: str = "unet"
     absent: tuple[str, ...] = ("feature_extractor", "image_encoder")
     pixels_at_once: int = 2**20
+    blocks: str = "block_out_channels"
+    usual_factor: int = 8
 
     def __init__(self, folder: FilePath | None, module: nn.Module):
         self.folder, self.module = folder, module
@@ -59,29 +65,38 @@ class PipelineSurroundings:
         """(z - shift) scale, z the posterior's mean or, with noise, mean + std noise."""
         vae = self.part("vae")
         images = images.to(self.device, vae.dtype)
-        posteriors = [vae.encode(part).latent_dist for part in images.split(self._rows(images.shape[-2:]))]
-        z = torch.cat([p.mean for p in posteriors])
+        posteriors = [self._posterior(vae, part) for part in images.split(self._rows(images.shape[-2:]))]
+        z, std = (torch.cat(found) for found in zip(*posteriors))
         if noise is not None:
-            z = z + torch.cat([p.std for p in posteriors]) * noise.to(z)
-        return (z - _shift(vae)) * vae.config.scaling_factor
+            z = z + std * noise.to(z)
+        return (z - _shift(vae).to(z)) * _scale(vae).to(z)
 
     def decode(self, latents: Tensor) -> Tensor:
         """decode(x / scale + shift) [rows, 3, H, W]. With gradient, activations are made again in the backward pass."""
         vae = self.part("vae")
-        z = latents.to(self.device, vae.dtype) / vae.config.scaling_factor + _shift(vae)
+        z = latents.to(self.device, vae.dtype)
+        z = z / _scale(vae).to(z) + _shift(vae).to(z)
         height, width = (side * self.factor for side in z.shape[-2:])
         parts = z.split(self._rows((height, width)))
         if torch.is_grad_enabled() and z.requires_grad:
-            return torch.cat([checkpoint(_decoded, vae, part, use_reentrant=False) for part in parts])
-        return torch.cat([_decoded(vae, part) for part in parts])
+            return torch.cat([checkpoint(self._pixels, vae, part, use_reentrant=False) for part in parts])
+        return torch.cat([self._pixels(vae, part) for part in parts])
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, along one side; 8 where the folder has no VAE."""
+        """Pixels a latent, along one side; the usual number where the folder has no VAE."""
         file = None if self.folder is None else self.folder / "vae" / "config.json"
         if file is None or not file.is_file():
-            return 8
-        return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+            return self.usual_factor
+        return 2 ** (len(json.loads(file.read_text())[self.blocks]) - 1)
+
+    def _posterior(self, vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation that the VAE encodes pictures to."""
+        found = vae.encode(images).latent_dist
+        return found.mean, found.std
+
+    def _pixels(self, vae: Any, z: Tensor) -> Tensor:
+        return vae.decode(z, return_dict=False)[0]
 
     def _rows(self, size: Sequence[int]) -> int:
         return max(1, self.pixels_at_once // (size[0] * size[1]))
@@ -93,18 +108,22 @@ class PipelineSurroundings:
         raise NotImplementedError
 
     def null(self, cond: Cond) -> Cond:
-        """The pipeline's own unconditional condition, with the rows of `cond`: that of the empty prompt."""
+        """The pipeline's own unconditional condition, with the rows of `cond`: that of `empty`."""
         rows = len(cond["prompt_embeds"])
         if "empty" not in self._loaded:
-            self._loaded["empty"] = self.prompts([""])
+            self._loaded["empty"] = self.empty()
         empty = self._loaded["empty"].to(cond["prompt_embeds"].device)
         return cond.with_(**{n: v.expand(rows, *v.shape[1:]) for n, v in empty.items() if n != "time_ids"})
+
+    def empty(self) -> Cond:
+        """One row: the condition of the empty prompt."""
+        return self.prompts([""])
 
     def text_pipeline(self) -> Any:
         """The stock pipeline with its text parts alone, for `encode_prompt`."""
         texts = {name: self.part(name) for name in self.classes if name != "vae"}
         if "pipeline" not in self._loaded:
-            others = dict.fromkeys(("vae", "unet", "scheduler", *self.absent))
+            others = dict.fromkeys(("vae", self.network, "scheduler", *self.absent))
             found = getattr(import_module("diffusers"), self.pipeline)
             self._loaded["pipeline"] = found(**texts, **others, **self.options())
         return self._loaded["pipeline"]
@@ -163,6 +182,14 @@ class PipelineSurroundings:
             raise UserError(f"cannot load {class_name} from '{place}': {str(error).strip().splitlines()[0]}") from error
 
 
+def borrowed(source: str | None) -> FilePath | None:
+    """The folder of a pipeline whose parts a network built from sizes uses; None without one, and where only its sizes
+    are asked for. UserError when it is not here."""
+    if source is None or torch.get_default_device().type == "meta":
+        return None
+    return find_model(source)
+
+
 def _opened(found: Any, place: FilePath) -> Any:
     """A network in float32 and frozen, or a tokenizer."""
     if not issubclass(found, nn.Module):
@@ -171,9 +198,15 @@ def _opened(found: Any, place: FilePath) -> Any:
     return part.float().eval().requires_grad_(False)
 
 
-def _decoded(vae: Any, z: Tensor) -> Tensor:
-    return vae.decode(z, return_dict=False)[0]
+def _shift(vae: Any) -> Tensor:
+    """What is taken off encoded pictures: one number, or one a channel [channels, 1, 1]."""
+    by_channel = vae.config.get("latents_mean")
+    return (
+        torch.tensor(by_channel)[:, None, None] if by_channel else torch.tensor(vae.config.get("shift_factor") or 0.0)
+    )
 
 
-def _shift(vae: Any) -> float:
-    return float(vae.config.get("shift_factor") or 0.0)
+def _scale(vae: Any) -> Tensor:
+    """What they are multiplied by then."""
+    by_channel = vae.config.get("latents_std")
+    return 1 / torch.tensor(by_channel)[:, None, None] if by_channel else torch.tensor(vae.config.scaling_factor)

@@ -49,10 +49,19 @@ class ExtraInputs(nn.Module):
 
     def __init__(self, names: Sequence[str], width: int):
         super().__init__()
-        self.names = tuple(names)
-        self.embeddings = nn.ModuleDict({name: _embedding(width, name not in RELATIVE) for name in self.names})
+        self.embeddings = nn.ModuleDict({name: _embedding(width, name not in RELATIVE) for name in names})
         steps = torch.linspace(0, 1, FEATURES // 2)
         self.register_buffer("frequencies", SLOWEST * (FASTEST / SLOWEST) ** steps, persistent=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The inputs, in the order in which they were attached."""
+        return tuple(self.embeddings)
+
+    def gain(self, names: Sequence[str], width: int) -> None:
+        """Adds further inputs to those that are there, which keep their weights."""
+        weight = next(self.parameters())
+        self.embeddings.update({name: _embedding(width, name not in RELATIVE).to(weight) for name in names})
 
     def forward(self, values: Mapping[str, Tensor]) -> Tensor:
         """values: each input [rows], and the time `t` [rows] of the call where one of `RELATIVE` is among them."""
@@ -86,10 +95,15 @@ def _embedding(width: int, biased: bool) -> nn.Sequential:
 def attach(module: nn.Module, inputs: Sequence[str], time_embedding: str) -> nn.Module:
     """`module` itself, which from now on reads `inputs` from the call; at first they change nothing.
 
+    Inputs that it reads already stay as they are.
     time_embedding: name, or pattern of names, of the submodules whose output the inputs join.
     """
     places = _places(module, time_embedding)
     last = _last_linear(places[0])
+    known = getattr(module, NAME, None)
+    if known is not None:
+        known.gain([name for name in inputs if name not in known.names], last.out_features)
+        return module
     extra = ExtraInputs(inputs, last.out_features).to(last.weight)
     module.add_module(NAME, extra)
     for place in places:
@@ -137,25 +151,46 @@ def reads(module: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def folded(module: nn.Module, values: Mapping[str, float]) -> nn.Module:
-    """A copy that answers as `module` does at these constant values, and has no extra inputs.
+    """A copy that answers as `module` does at these constant values, and reads those inputs no more.
 
-    What the inputs add is then a constant vector: it goes into the last bias of the time embedding. UserError for an
-    input that depends on the time of the call.
+    What the inputs add is then a constant vector: it goes into the last bias of the time embedding. `s` and `sign`
+    depend on the time of the call and stay inputs: UserError when a value is given for one.
     """
-    unfit = [name for name in reads(module) if name in RELATIVE]
+    unfit = [name for name in values if name in RELATIVE]
     if unfit:
         raise UserError(f"the input '{unfit[0]}' changes with the time of a call: it cannot be made a constant")
     plain = copy.deepcopy(module)
     extra = plain.get_submodule(NAME)
     assert isinstance(extra, ExtraInputs)
-    shift = extra({name: extra.frequencies.new_full((1,), values[name]) for name in extra.names})[0]
+    constants = {name: extra.frequencies.new_full((1,), value) for name, value in values.items()}
+    shift = sum(extra.embeddings[name](extra._features(name, constants))[0] for name in values)
     for place in plain.modules():
-        hooks = [key for key, hook in place._forward_hooks.items() if getattr(hook, "__self__", None) is extra]
-        for key in hooks:
-            del place._forward_hooks[key]
+        if _hooks(place, extra):
             _last_linear(place).bias.add_(shift)
-    delattr(plain, NAME)
-    return plain
+    for name in values:
+        del extra.embeddings[name]
+    return plain if extra.names else without(plain)
+
+
+def without(module: nn.Module) -> nn.Module:
+    """`module` itself, which reads no extra inputs any more: the network that it is at s = t."""
+    extra = getattr(module, NAME)
+    for place in module.modules():
+        for key in _hooks(place, extra):
+            del place._forward_hooks[key]
+    delattr(module, NAME)
+    return module
+
+
+@contextmanager
+def weights_aside(module: nn.Module) -> Iterator[None]:
+    """Within the block `module.state_dict()` is that of the network without extra inputs; it cannot be called."""
+    extra = module._modules.pop(NAME, None)
+    try:
+        yield
+    finally:
+        if extra is not None:
+            module._modules[NAME] = extra
 
 
 def time_layers(module: nn.Module, time_embedding: str | None) -> list[str]:
@@ -167,6 +202,11 @@ def time_layers(module: nn.Module, time_embedding: str | None) -> list[str]:
         for inner, layer in part.named_modules()
         if isinstance(layer, nn.Linear)
     ]
+
+
+def _hooks(place: nn.Module, extra: ExtraInputs) -> list[int]:
+    """Keys of the forward hooks by which `extra` adds to the output of `place`."""
+    return [key for key, hook in place._forward_hooks.items() if getattr(hook, "__self__", None) is extra]
 
 
 def _places(module: nn.Module, pattern: str) -> list[nn.Module]:

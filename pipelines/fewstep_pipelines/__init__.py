@@ -1,5 +1,27 @@
 """Pipelines that a distilled checkpoint carries where no stock diffusers class fits; torch and diffusers only."""
 
+from importlib import import_module
+from typing import Any
+
+from .modeling_fewstep_times_v1 import FewStepTimes
 from .pipeline_fewstep_class_v1 import FewStepClassPipeline
 
-__all__ = ["FewStepClassPipeline"]
+TEXT = {  # these need transformers as well, so they are imported on first use
+    "FewStepQwenImagePipeline": "pipeline_fewstep_qwenimage_v1",
+    "FewStepSD3Pipeline": "pipeline_fewstep_sd3_v1",
+    "FewStepSanaPipeline": "pipeline_fewstep_sana_v1",
+}
+__all__ = [
+    "FewStepClassPipeline",
+    "FewStepQwenImagePipeline",
+    "FewStepSD3Pipeline",
+    "FewStepSanaPipeline",
+    "FewStepTimes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A class of `TEXT`."""
+    if name not in TEXT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{TEXT[name]}"), name)

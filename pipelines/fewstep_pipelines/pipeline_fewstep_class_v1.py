@@ -8,13 +8,16 @@ file name (v2), so that old folders keep the code they were written with.
 """
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -32,18 +35,23 @@ class FewStepClassPipeline(DiffusionPipeline):
         unet: a `UNet2DModel`; its last class embedding stands for "no class".
         transformer: a `DiTTransformer2DModel`, in place of `unet`.
         vae: decodes latents; None for networks that work on pixels.
+        times: what a network with two times reads the second one with, a `FewStepTimes`.
         default_steps: number of steps the network was distilled for.
         default_guidance_scale: classifier-free guidance it wants at sampling time; 1 is off.
         start: flow networks: the first sigma before shifting. Below 1 the first state is that sigma times noise, without signal.
+        target: the second time s that `times` is told in a step from t: the "next" level, "zero", or the "same" t.
+        last: of "next": what the last step, which ends at 0, is told, as a share of its t.
+        rescale: "energy" gives the guided clean image the norm of the conditional one.
     """
 
     model_cpu_offload_seq: Any = "unet->transformer->vae"
-    _optional_components = ["unet", "transformer", "vae"]
+    _optional_components = ["unet", "transformer", "vae", "times"]
     _callback_tensor_inputs = ["latents"]
     scheduler: Any  # the components; `register_modules` sets them
     unet: Any
     transformer: Any
     vae: Any
+    times: Any
 
     def __init__(  # diffusers 0.36 reads Optional[X] here, not X | None
         self,
@@ -54,20 +62,32 @@ class FewStepClassPipeline(DiffusionPipeline):
         default_steps: int = 4,
         default_guidance_scale: float = 1.0,
         start: float = 1.0,
+        times: Optional[ModelMixin] = None,  # noqa: UP045
+        target: Optional[str] = None,  # noqa: UP045
+        last: float = 0.0,
+        rescale: Optional[str] = None,  # noqa: UP045
     ):
         super().__init__()
         if (unet is None) == (transformer is None):
             raise ValueError("give exactly one of `unet` and `transformer`")
-        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
+        if target not in (None, "next", "zero", "same") or rescale not in (None, "energy"):
+            raise ValueError(f"target={target!r}, rescale={rescale!r}: write next, zero or same, and energy, or None")
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, times=times)
         self.register_to_config(default_steps=default_steps, default_guidance_scale=default_guidance_scale)
-        self.register_to_config(start=start)
+        self.register_to_config(start=start, target=target, last=last, rescale=rescale)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The folder's config. This class is at hand already, so the copy of this file in the folder is not run."""
+        """The folder's config. This class is at hand already, so the copy of this file in the folder is not run.
+
+        Nor is that of `FewStepTimes`, when this class is the installed one.
+        """
         config = super().load_config(*args, **kwargs)
         if isinstance(config, dict):
             config["_class_name"] = cls.__name__
+            file, name = config.get("times") or (None, None)
+            if file is not None and __package__ == "fewstep_pipelines":
+                config["times"] = [f"{__package__}.{file}", name]
         return config
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -78,10 +98,12 @@ class FewStepClassPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
-        """model_index.json as text, with the class given as [file, class]."""
-        name = type(self).__name__
-        file = Path(inspect.getfile(type(self))).stem
-        return super().to_json_string().replace(f'"_class_name": "{name}"', f'"_class_name": ["{file}", "{name}"]')
+        """model_index.json as text, with the class given as [file, class], as that of `times` is."""
+        said = json.loads(super().to_json_string())
+        said["_class_name"] = [Path(inspect.getfile(type(self))).stem, type(self).__name__]
+        if self.times is not None:
+            said["times"][0] = said["times"][0].split(".")[-1]
+        return json.dumps(said, indent=2, sort_keys=True) + "\n"
 
     @property
     def network(self) -> Any:
@@ -134,8 +156,10 @@ class FewStepClassPipeline(DiffusionPipeline):
         self._set_timesteps(steps)
         latents = latents if self._begins == 1 else latents * self.scheduler.sigmas[0]
         extra = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
+        levels = self._levels()
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            output = self._predict(latents, t, labels, scale)
+            with self._telling(levels, i):
+                output = self._predict(latents, t, labels, scale, levels[i : i + 1])
             latents = self.scheduler.step(output, t, latents, return_dict=False, **extra)[0]
             if callback_on_step_end is not None:
                 names = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
@@ -192,7 +216,33 @@ class FewStepClassPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(steps, device=device)
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: Any, scale: float) -> torch.Tensor:
+    def _levels(self) -> list[float]:
+        """Flow times of all steps, and the 0 at which the last one ends; empty when nothing asks for them."""
+        if self.times is None and self.config.get("rescale") is None:
+            return []
+        labels = self.scheduler.timesteps
+        if self._flows:
+            return [*self.scheduler.sigmas[: len(labels)].tolist(), 0.0]
+        abar = self.scheduler.alphas_cumprod.double()[labels.long().cpu()]
+        return [*torch.sigmoid((torch.log1p(-abar) - torch.log(abar)) / 2).tolist(), 0.0]
+
+    @property
+    def _flows(self) -> bool:
+        """Whether the scheduler steps in flow times."""
+        config = self.scheduler.config
+        return type(self.scheduler).__name__.startswith("Flow") or bool(config.get("use_flow_sigmas"))
+
+    def _telling(self, levels: list[float], i: int) -> Any:
+        """The block in which the network is told the second time of step i."""
+        if self.times is None:
+            return nullcontext()
+        t, following, target = levels[i], levels[i + 1], self.config.get("target") or "same"
+        last = following if following > 0 else self.config.get("last", 0.0) * t
+        told = (t, {"next": last, "zero": 0.0, "same": t}[target])
+        times = [torch.full((1,), time, device=self._execution_device) for time in told]
+        return self.times.feeding(self.network, times[0], s=times[1])
+
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: Any, scale: float, level: list[float]) -> torch.Tensor:
         """The network's output at one level, guided: none + scale * (class - none), both in one call."""
         channels = x.shape[1]
         x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
@@ -200,7 +250,15 @@ class FewStepClassPipeline(DiffusionPipeline):
             return self._call(x, t, labels)[:, :channels]
         labels = torch.cat([torch.full_like(labels, self.classes), labels])
         free, tied = self._call(torch.cat([x, x]), t, labels)[:, :channels].chunk(2)
-        return free + scale * (tied - free)
+        output = free + scale * (tied - free)
+        return output if self.config.get("rescale") is None else self._rescaled(output, tied, x, level[0])
+
+    def _rescaled(self, output: torch.Tensor, tied: torch.Tensor, x: torch.Tensor, level: float) -> torch.Tensor:
+        """The output whose clean image x0 = a x + b output has, row by row, the norm of that of `tied`."""
+        a, b = _clean("flow" if self._flows else self.scheduler.config.prediction_type, level)
+        guided, conditional = a * x + b * output, a * x + b * tied
+        norms = [image.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1)) for image in (conditional, guided)]
+        return (guided * (norms[0] / norms[1].clamp_min(1e-6)) - a * x) / b
 
     def _call(self, x: torch.Tensor, t: torch.Tensor, labels: Any) -> torch.Tensor:
         x, t = x.to(self.network.dtype), t.expand(len(x))
@@ -217,6 +275,14 @@ class FewStepClassPipeline(DiffusionPipeline):
             return images
         pixels = images.cpu().permute(0, 2, 3, 1).numpy()
         return pixels if output_type == "np" else self.numpy_to_pil(pixels)
+
+
+def _clean(prediction: str, t: float) -> tuple[float, float]:
+    """(a, b) of the clean image a x + b output at flow time t, x being what the scheduler steps."""
+    alpha, sigma = (part / ((1 - t) ** 2 + t**2) ** 0.5 for part in (1 - t, t))
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    return {"flow": (1.0, -t), "v_prediction": (alpha, -sigma), "sample": (0.0, 1.0)}[prediction]
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -3,10 +3,11 @@
     python tests/benchmarks/methods_table.py consistency [--steps 600] [--seeds 1] [--only scott] [--out runs/consistency]
     python tests/benchmarks/methods_table.py one_step        # few_steps: one student for 1, 2 and 4
     python tests/benchmarks/methods_table.py mismatch        # students on data that the teacher was not trained on
+    python tests/benchmarks/methods_table.py any_step        # one checkpoint for 1 to 50 steps
 
-Each row trains in a process of its own, exports, and is scored at 1, 2, 4 and 8 steps as far as it offers them: fid,
+Each row trains in a process of its own, exports, and is scored at 1, 2, 4, 8 and 50 steps as far as it offers them: fid,
 precision, recall, diversity (mean feature distance within a class), reward (log-probability of the asked class) and
-high_frequency (1 = as in real images), with the seconds of training a thousand steps and the process's peak memory.
+high_frequency (1 = as in real images), ms an image, with the seconds of training a thousand steps and the process's peak memory.
 Rows are appended to OUT/table.jsonl, so a stopped run goes on where it was; `--show` prints what is there. Speeds mean
 something on a quiet machine only: `--steps 60` is enough for them.
 """
@@ -37,9 +38,11 @@ from fewstep.resources import asset, config
 
 METRICS = ("fid", "prdc", "diversity", "reward", "high_frequency")
 COLUMNS = ("fid", "precision", "recall", "diversity", "reward", "high_frequency")
-STEPS = (1, 2, 4, 8)
+STEPS = (1, 2, 4, 8, 50)
 TIMES = "beta x "  # in a row's name: its reward weighs so many times what the recipe says
 PLAIN = ("config.adversarial=null",)
+FROM_TEACHER = ("student.build={}", "student.from=shipped:teachers/digits")
+RCGM = ("config.weights={adversarial: 0, rectification: 0}",)  # TwinFlow without its twin
 Rows = dict[str, tuple[str, tuple[str, ...]]]
 TABLES: dict[str, Rows] = {
     "consistency": {
@@ -74,6 +77,20 @@ TABLES: dict[str, Rows] = {
         "Decoupled DMD": ("decoupled_dmd/digits", ()),
         "DMD2": ("dmd2/digits", ("config.steps=[1,2,4]",)),
         "SiD": ("sid/digits", ("config.steps=[1,2,4]",)),
+    },
+    "any_step": {
+        # the common measure of cost: the same network, data and number of rows
+        "Flow matching": ("flow_matching/digits", (*FROM_TEACHER, "train.batch=64", "train.steps=600")),
+        "MeanFlow": ("meanflow/digits", ()),
+        "MeanFlow, central differences": ("meanflow/digits", ("config.derivative=central",)),
+        "Shortcut": ("shortcut/digits", ()),
+        "sCM": ("scm/digits", ()),
+        "RCGM": ("twinflow/digits", RCGM),
+        "TwinFlow": ("twinflow/digits", ()),
+        "TwinFlow, LoRA": ("twinflow/digits_lora", ()),
+        "Self-E": ("self_e/digits", ()),
+        "Self-E, classifier direction alone": ("self_e/digits", ("config.direction=cls",)),
+        "Self-E, from scratch": ("self_e/digits_scratch", ()),
     },
     "mismatch": {
         "LCM, the teacher's data": ("lcm/digits", ()),
@@ -120,13 +137,18 @@ def overrides_of(table: str, name: str, out: Path) -> tuple[Path, tuple[str, ...
 def scored(model: Path, steps: int) -> dict[str, float]:
     """The columns of a model folder at so many steps."""
     scores = evaluate(model, METRICS, features="digits-cnn", reference="digits", reward="classifier", steps=steps)
-    return {"steps": steps, "nfe": scores["nfe"], **{key: scores["values"][key] for key in COLUMNS}}
+    return {
+        "steps": steps,
+        "nfe": scores["nfe"],
+        "ms": scores["ms_per_image"],
+        **{key: scores["values"][key] for key in COLUMNS},
+    }
 
 
 def rows_of(table: str, name: str, steps: int | None, seed: int, out: Path) -> Iterator[dict[str, Any]]:
     """Trains one row and scores it at each number of steps that it offers."""
     if name == "teacher":
-        yield from ({"row": name, "seed": 0, **scored(asset("teachers/digits"), n)} for n in (50, *reversed(STEPS)))
+        yield from ({"row": name, "seed": 0, **scored(asset("teachers/digits"), n)} for n in reversed(STEPS))
         return
     file, overrides = overrides_of(table, name, out)
     folder = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
@@ -156,7 +178,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def shown(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a row and number of steps, means over seeds."""
-    columns = (*COLUMNS, "per_1000", "peak_mb")
+    columns = (*COLUMNS, "ms", "per_1000", "peak_mb")
     lines = [f"| method | NFE | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
     for name, steps in dict.fromkeys((r["row"], r["steps"]) for r in rows):
         group = [r for r in rows if (r["row"], r["steps"]) == (name, steps)]

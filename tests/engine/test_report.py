@@ -122,6 +122,27 @@ def test_a_page_shows_scores_samples_previews_curves_warnings_and_how_to_load(ru
         assert words.replace('"', "&#34;") in text or words in text
 
 
+def test_noise_levels_share_one_picture_a_name_and_are_no_curves(run):
+    lines = [{"step": s, **{f"level.{n}.{k}": 1.0 + k for k in range(8) for n in ("dm", "ca")}} for s in (1, 2, 3)]
+    log(run, *[{"loss.dm": 1.0, **line} for line in lines])
+    text, page = written(run)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert captions == ["Losses: dm", "Loss by noise level: dm", "Loss by noise level: ca"]
+    assert len(page.all("svg")) == 3
+    assert text.count(">step 1<") == text.count(">step 3<") == 2  # a line for each part of training
+
+
+def test_further_pictures_have_their_own_heading(run):
+    for step in range(0, 200, 10):
+        save_grid(torch.zeros(4, 1, 8, 8), run / "previews" / "negative-time" / f"step-{step:06d}.png")
+    save_grid(torch.zeros(4, 1, 8, 8), run / "previews" / "step-000190.png")
+    text, page = written(run)
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings[:2] == ["Previews while training", "negative time"]
+    assert len(page.all("img")) == 1 + 8
+    assert text.count("step 190<") == 2
+
+
 def test_a_run_without_metrics_is_still_readable(run):
     text, page = written(run)
     assert page.open == []

@@ -56,7 +56,7 @@ def test_the_stock_pipeline_makes_the_trainers_images_in_a_fresh_process(method,
     trainer = trained(method, places, tmp_path / "run")
     model = export_run(trainer)  # reloads it in a fresh process already, and raises when the images differ
     said = card(model)
-    assert said["pipeline"] == "StableDiffusionPipeline" and said["remote_code"] is None
+    assert said["pipeline"] == "StableDiffusionPipeline" and said["remote_code"] == []
     assert json.loads((model / "scheduler/scheduler_config.json").read_text())["original_inference_steps"] == (
         1000 if method == "scott" else 50
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -108,6 +109,7 @@ def test_two_processes_equal_one(tmp_path):
     assert two is not None and two.state["place"]["total"] == 6
     for name, value in one.handles["student"].state().items():
         torch.testing.assert_close(two.files["student.role"][name], value, rtol=0, atol=1e-5)
+    assert toy.logged(tmp_path / "two") == [approx(line) for line in toy.logged(tmp_path / "one")]
 
 
 def test_resume_with_another_cut_is_allowed(tmp_path):
@@ -202,3 +204,36 @@ def test_previews_and_guards_stop_a_collapsed_student(tmp_path):
     with pytest.raises(RunFailed, match=r"the std of generated samples went from .* at step 3"):
         trainer.run()
     assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 3
+
+
+def test_further_pictures_are_saved_beside_the_samples(tmp_path):
+    said = toy.recipe("toy_denoise", steps=4) | {"preview": {"every": 2, "n": 8}}
+    trainer = toy.Trainer(toy.load_recipe(said), tmp_path / "run", show=False)
+    trainer.method.pictures = lambda n, seed: {"negative time": trainer.method.samples(n, seed)}
+    trainer.run()
+    previews = tmp_path / "run" / "previews"
+    files = {str(f.relative_to(previews)) for f in previews.rglob("*.png")}
+    names = {f"step-{step:06d}.png" for step in (2, 4)}
+    assert files == names | {f"negative-time/{name}" for name in names}
+
+
+def test_losses_by_noise_level_do_not_depend_on_the_cut(tmp_path):
+    said = toy.recipe("toy_denoise", steps=6, log_every=2)
+    toy.trained(said, tmp_path / "one")
+    toy.trained({**said, "train": {**said["train"], "micro_batch": 2}}, tmp_path / "eight")
+    one, eight = toy.logged(tmp_path / "one"), toy.logged(tmp_path / "eight")
+    assert all(any(name.startswith("level.denoise.") for name in line) for line in one)
+    assert [approx(line) for line in one] == eight
+
+
+def test_a_resumed_run_logs_noise_levels_as_an_unbroken_one(tmp_path):
+    said = toy.recipe("toy_denoise", steps=6, save_every=2)
+    toy.trained(said, tmp_path / "run")
+    whole = toy.logged(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
+    toy.trained(said, tmp_path / "run", resume=True)
+    assert [line["step"] for line in whole] == [2, 4, 6] and toy.logged(tmp_path / "run") == whole
+
+
+def approx(line):
+    return {name: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value for name, value in line.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from fewstep.engine import checkpoint, snapshot
 from fewstep.engine.trainer import Trainer
 from fewstep.maths.solvers import Schedule
-from fewstep.methods.base import DiffusionMethod, Mean, Method, MethodConfig, Stage, Total, Update
+from fewstep.methods.base import DiffusionMethod, Levels, Mean, Method, MethodConfig, Stage, Total, Update
 from fewstep.methods.registry import METHODS
 from fewstep.recipe import load_recipe
 from fewstep.roles import Role
@@ -30,7 +31,8 @@ class ToyDenoise(DiffusionMethod):
 
     def train_step(self, batch, draw) -> Iterator[Update]:
         eps, t = draw.normal("eps", *batch.x0.shape[1:]), draw.uniform("t")
-        yield Update("student", {"denoise": self.student.denoising_loss(batch.x0, eps, t, batch.cond)})
+        error = self.student.denoising_loss(batch.x0, eps, t, batch.cond)
+        yield Update("student", {"denoise": error}, levels={"denoise": Levels(error, t)})
 
     def schedule(self):
         return Schedule("ode", self.student.path.grid(2))
@@ -106,6 +108,12 @@ def trained(said: dict[str, Any], folder: Path, resume: bool = False) -> Trainer
     trainer = Trainer(load_recipe(said), folder, resume=resume, show=False)
     trainer.run()
     return trainer
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without the clock."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 def hashes(trainer: Trainer) -> dict[str, str]:

@@ -35,7 +35,7 @@ def test_a_stock_folder_says_how_it_is_sampled(tmp_path):
     said = card(folder)
     assert {"unet", "scheduler", "model_index.json", "fewstep.json", "README.md"} == {p.name for p in folder.iterdir()}
     assert schedule_from(said["schedule"]) == s.schedule
-    assert (said["steps"], said["nfe"], said["classes"], said["remote_code"]) == ([1, 2, 4], 4, 3, None)
+    assert (said["steps"], said["nfe"], said["classes"], said["remote_code"]) == ([1, 2, 4], 4, 3, [])
     assert (said["format"], said["noise"], said["family"], said["method"]) == (1, "fn1", "unet2d", "toy")
     assert said["evaluation"] == evaluation
     assert set(said["versions"]) == {"fewstep", "diffusers", "torch"}
@@ -57,7 +57,7 @@ def test_own_pipelines_carry_their_file_and_their_defaults(tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_fewstep_class_v1", "FewStepClassPipeline"]
     assert (index["default_steps"], index["default_guidance_scale"]) == (2, 2.0)
-    assert card(folder)["remote_code"] == "pipeline_fewstep_class_v1.py"
+    assert card(folder)["remote_code"] == ["pipeline_fewstep_class_v1.py"]
     assert set(card(folder)["sha256"]) >= {"pipeline_fewstep_class_v1.py"}
     assert card(folder)["nfe"] == 4
 

@@ -199,4 +199,4 @@ def test_a_row_is_found_by_the_names_in_a_folder():
     assert row_of("DDIMPipeline", "DDIMScheduler").labels is False
     with pytest.raises(UserError, match="no DDIMPipeline with a PNDMScheduler"):
         row_of("DDIMPipeline", "PNDMScheduler")
-    assert len({(r.serves, r.path, r.kind, r.labels) for r in TARGETS}) == len(TARGETS)
+    assert len({(r.serves, r.path, r.kind, r.labels, r.carried) for r in TARGETS}) == len(TARGETS)

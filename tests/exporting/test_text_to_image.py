@@ -102,7 +102,7 @@ def test_the_folder_is_a_whole_pipeline(baked):
     assert {p.name for p in folder.iterdir() if p.is_dir()} == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
     said = card(folder)
-    assert (said["prompts"], said["classes"], said["remote_code"]) == (True, None, None)
+    assert (said["prompts"], said["classes"], said["remote_code"]) == (True, None, [])
     assert (said["guidance_scale"], said["schedule"]["origin"], said["steps"]) == ("baked", 50, [1, 2, 3, 4])
     assert "guidance_scale is ignored" in (folder / "README.md").read_text()
 

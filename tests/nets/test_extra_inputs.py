@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.data.batch import Cond
 from fewstep.errors import UserError
+from fewstep.maths.derivative import derivative
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.dit import DIT
 from fewstep.models.family import DiffusionFamily
@@ -143,3 +144,131 @@ def test_a_missing_value_is_named():
 def test_features_are_smooth_enough_for_the_default_difference():
     """No frequency turns by more than .2 rad over the step h = .005 of a central difference."""
     assert ExtraInputs(("delta",), 4).frequencies.max() * 0.005 < 0.2
+
+
+# a second time and a sign
+
+
+TIMES = ("s", "sign")
+
+
+def two_times(
+    family: DiffusionFamily, sizes: dict, trained: bool = False, inputs: tuple[str, ...] = TIMES
+) -> nn.Module:
+    return network(family, sizes, trained, inputs)
+
+
+def at(s: float | Tensor, sign: float | None = None, t: float = 0.7) -> tuple[Cond, Tensor]:
+    """A condition that says s (and sign), and the time of the call."""
+    said = {"label": torch.arange(ROWS), "s": torch.as_tensor(s).expand(ROWS)}
+    return Cond(**said, **({} if sign is None else {"sign": torch.full((ROWS,), sign)})), torch.full((ROWS,), t)
+
+
+def called(family: DiffusionFamily, module: nn.Module, said: Cond, t: Tensor) -> Tensor:
+    x = torch.randn(ROWS, *family.row_shape(module), generator=torch.Generator().manual_seed(0))
+    with feeding(module, said, t):
+        return family.unpack(module, module(**family.pack(module, x, 1000 * t, said)), x)
+
+
+@pytest.mark.parametrize("family, sizes", NETWORKS)
+def test_new_times_change_nothing_at_first(family, sizes):
+    """The last layers start at zero: bit for bit, whatever s and sign are."""
+    torch.manual_seed(0)
+    plain, module = family.build(**sizes).module.eval(), two_times(family, sizes)
+    for s, sign in ((0.7, 1.0), (0.3, 1.0), (0.0, -1.0)):
+        assert torch.equal(called(family, module, *at(s, sign)), called(family, plain, *at(s)))
+
+
+@pytest.mark.parametrize("family, sizes", NETWORKS)
+@pytest.mark.parametrize("t", [0.0, 0.31, 0.7, 1.0])
+def test_a_trained_network_is_an_ordinary_one_at_s_equal_t_and_sign_plus_one(family, sizes, t):
+    """phi(t - s) - phi(0) and the switched phi(t) are zeros there, and no bias comes behind them: bit for bit for good."""
+    module = two_times(family, sizes, trained=True)
+    plain = family.build(**sizes).module.eval()
+    plain.load_state_dict({n: p for n, p in module.state_dict().items() if not n.startswith("extra_inputs.")})
+    expected = called(family, plain, *at(t, t=t))
+    assert torch.equal(called(family, module, *at(t, 1.0, t)), expected)
+    assert torch.equal(called(family, module, *at(t, None, t)), expected), "sign is +1 where nothing is said"
+
+
+@pytest.mark.parametrize("family, sizes", NETWORKS)
+def test_a_trained_network_reads_the_gap_and_the_sign(family, sizes):
+    module = two_times(family, sizes, trained=True)
+    base, gap, twin = (called(family, module, *at(s, sign)) for s, sign in ((0.7, 1.0), (0.2, 1.0), (0.7, -1.0)))
+    assert (gap - base).abs().max() > 1e-4 and (twin - base).abs().max() > 1e-4
+    assert (called(family, module, *at(0.2, -1.0)) - gap).abs().max() > 1e-4
+
+
+def test_rows_with_and_without_a_gap_do_not_touch_each_other():
+    module = two_times(UNET2D, UNET, trained=True)
+    mixed = torch.tensor([0.7, 0.2, 0.7, 0.0, 0.5])
+    found = called(UNET2D, module, *at(mixed))
+    for row, s in enumerate(mixed.tolist()):
+        torch.testing.assert_close(found[row], called(UNET2D, module, *at(s))[row])
+
+
+def test_their_layers_have_no_biases_and_are_saved_with_the_network():
+    module = two_times(UNET2D, UNET, trained=True, inputs=("s", "sign", "guidance"))
+    names = {name for name in module.state_dict() if name.startswith("extra_inputs.")}
+    biased = {name.split(".")[2] for name in names if name.endswith("bias")}
+    assert biased == {"guidance"}
+    assert names == {
+        f"extra_inputs.embeddings.{i}.{layer}.{part}"
+        for i in ("s", "sign", "guidance")
+        for layer in (0, 2)
+        for part in (("weight", "bias") if i == "guidance" else ("weight",))
+    }
+    other = two_times(UNET2D, UNET, inputs=("s", "sign", "guidance"))
+    other.load_state_dict(module.state_dict(), strict=True)
+    said, t = at(0.2, -1.0)
+    said = said.with_(guidance=torch.full((ROWS,), 3.0))
+    assert torch.equal(called(UNET2D, other, said, t), called(UNET2D, module, said, t))
+
+
+def test_gradients_of_a_gap_are_equal_with_and_without_checkpointing():
+    """A block that is recomputed while another s is in use sees the s and t of its forward."""
+
+    def gradients(checkpoint: bool) -> list[Tensor]:
+        module = two_times(DIT, DIT_SIZES, trained=True)
+        if checkpoint:
+            checkpointed(module)
+        loss = called(DIT, module, *at(0.2, -1.0)).square().sum()
+        with feeding(module, *at(0.6, 1.0, t=0.9)):
+            loss.backward()
+        return [p.grad for p in module.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) and sum(g.norm() for g in plain) > 0
+    for expected, found in zip(plain, again):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family, sizes", NETWORKS)
+@pytest.mark.parametrize("moved", ["t", "s"])
+def test_forward_mode_runs_through_the_gap(family, sizes, moved):
+    """d/dt and d/ds of the answer against central differences in float64."""
+    module = two_times(family, sizes, trained=True).double()
+    x = torch.randn(ROWS, *family.row_shape(module), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = {"t": torch.full((ROWS,), 0.7).double(), "s": torch.full((ROWS,), 0.2).double()}
+
+    def f(value: Tensor) -> Tensor:
+        t, s = {**start, moved: value}.values()
+        said = Cond(label=torch.arange(ROWS), s=s)
+        with feeding(module, said, t):  # the label is held, so that the derivative is that of the new input alone
+            return family.unpack(module, module(**family.pack(module, x, torch.full((ROWS,), 700.0), said)), x)
+
+    exact, near = (derivative(f, start[moved], how, 1e-4)[1] for how in ("jvp", "central"))
+    torch.testing.assert_close(exact, near, rtol=1e-3, atol=1e-5)
+    assert exact.abs().max() > 1e-3
+
+
+def test_a_gap_and_a_sign_cannot_be_made_constants():
+    module = two_times(UNET2D, UNET, trained=True)
+    with pytest.raises(UserError, match="'s' changes with the time of a call"):
+        folded(module, {"s": 0.0, "sign": 1.0})
+
+
+def test_a_missing_second_time_is_named():
+    said, t = at(0.2)
+    with pytest.raises(UserError, match="reads 's', which its condition lacks: it has \\['label'\\]"):
+        called(UNET2D, two_times(UNET2D, UNET), Cond(label=said["label"]), t)

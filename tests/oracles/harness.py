@@ -44,7 +44,7 @@ def seat(method: DiffusionMethod, networks: Mapping[str, nn.Module], path: Path 
         module = networks[role.name]
         tune = "frozen" if role.tune == "frozen" else "full"
         module.requires_grad_(tune == "full")
-        family = None if role.name == "discriminator" else "gaussian"  # how networks on points are called
+        family = None if role.name in ("discriminator", "weight") else "gaussian"  # how networks on points are called
         handles[role.name] = Handle(role, module, RoleSpec(), tune, family=family, path=family and (path or FlowPath()))
     method.bind(handles, {}, {})
     return method

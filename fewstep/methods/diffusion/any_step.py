@@ -10,9 +10,11 @@ nothing at s = t; an adapter reads s from a shifted label. Three ways to sample 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from ...maths.solvers import Kind, Schedule, Target
 from ..base import DiffusionMethod, MethodConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ...models.denoiser import Denoiser
 
 OFFERED = (1, 2, 4, 8, 50)
+Quarters = Annotated[float, Field(ge=0, le=1, multiple_of=0.25)]  # a share of the rows that `split_rows` can keep
 Sampler = Literal["any", "few", "multi"]
 SAMPLERS: dict[Sampler, tuple[Kind, Target]] = {
     "any": ("ode", "next"),
@@ -54,3 +57,14 @@ class AnyStepMethod(DiffusionMethod):
     def steps_offered(self) -> tuple[int, ...]:
         """Every number works; these are worth a line in a table."""
         return tuple(sorted({*OFFERED, self.config.steps}))
+
+
+def split_rows(rows: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row numbers outside and inside of a part: the last `share` of each four rows (0, .25, .5, .75 or 1).
+
+    They do not depend on how a batch is cut, as long as it is cut in fours.
+    """
+    first = 4 - round(4 * share)
+    inside = [i for i in range(rows) if i % 4 >= first]
+    outside = [i for i in range(rows) if i % 4 < first]
+    return torch.tensor(outside, device=device, dtype=torch.long), torch.tensor(inside, device=device, dtype=torch.long)

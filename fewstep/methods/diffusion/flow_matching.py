@@ -19,7 +19,7 @@ from ...data.batch import Cond
 from ...maths.clocks import logit_normal
 from ...maths.solvers import Schedule
 from ...roles import Role
-from ..base import DiffusionMethod, MethodConfig, Paper, Total, Update
+from ..base import DiffusionMethod, Levels, MethodConfig, Paper, Total, Update
 
 if TYPE_CHECKING:
     from ...data.batch import Batch
@@ -59,7 +59,8 @@ class FlowMatching(DiffusionMethod):
         t = self.student.path.time(self.clock(draw))
         eps = draw.normal("eps", *batch.x0.shape[1:])
         cond = self.dropped(batch.cond, draw)
-        yield Update("student", {"denoise": self.student.denoising_loss(batch.x0, eps, t, cond)})
+        error = self.student.denoising_loss(batch.x0, eps, t, cond)
+        yield Update("student", {"denoise": error}, levels={"denoise": Levels(error, t)})
 
     def clock(self, draw: Draw) -> Tensor:
         """Clock values u [rows] by the configured law."""
