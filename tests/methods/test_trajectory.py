@@ -7,6 +7,7 @@ import torch
 from diffusers import FlowMatchLCMScheduler
 from pydantic import ValidationError
 
+from fewstep.data.batch import Cond
 from fewstep.errors import UserError
 from fewstep.maths.paths import FlowPath
 from fewstep.methods.diffusion.lcm import LCM
@@ -97,7 +98,7 @@ def test_steps_that_would_visit_untrained_levels_are_refused():
 def test_the_target_is_the_averaged_student():
     """f_-: with an EMA of other weights the target moves with it, and the student's own weights come back."""
     method = seated(LCM(LCM.Config(guidance_scale=1.0)), FlowPath())
-    x, u, cond = torch.randn(4, 3), torch.full((4,), 0.5), {"label": torch.zeros(4)}
+    x, u, cond = torch.randn(4, 3), torch.full((4,), 0.5), Cond(label=torch.zeros(4))
     plain = method.target(x, u, cond)
     assert torch.equal(plain, method.f(method.student, x, u, cond)) and not plain.requires_grad
     handle, own = method.student.handle, method.student.module.a.item()
