@@ -82,11 +82,12 @@ TABLES: dict[str, Rows] = {
         # the common measure of cost: the same network, data and number of rows
         "Flow matching": ("flow_matching/digits", (*FROM_TEACHER, "train.batch=64", "train.steps=600")),
         "MeanFlow": ("meanflow/digits", ()),
-        "MeanFlow, central differences": ("meanflow/digits", ("config.derivative=central",)),
+        "MeanFlow, jvp": ("meanflow/digits", ("config.derivative=jvp",)),
         "Shortcut": ("shortcut/digits", ()),
         "sCM": ("scm/digits", ()),
         "RCGM": ("twinflow/digits", RCGM),
         "TwinFlow": ("twinflow/digits", ()),
+        "RCGM, LoRA": ("twinflow/digits_lora", RCGM),
         "TwinFlow, LoRA": ("twinflow/digits_lora", ()),
         "Self-E": ("self_e/digits", ()),
         "Self-E, classifier direction alone": ("self_e/digits", ("config.direction=cls",)),

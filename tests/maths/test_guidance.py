@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.maths.guidance import cfg, guided, guided_x0
+from fewstep.data.batch import Cond
+from fewstep.maths.guidance import cfg, guided, guided_x0, same_norm
 from fewstep.maths.paths import FlowPath, VPPath, add_noise, expand
 
 F64 = torch.float64
@@ -108,3 +109,32 @@ def test_the_augmentation_field_of_equal_gaussians_does_not_depend_on_x(oracle, 
     field = cond.x0(x, t) - uncond.x0(x, t)
     expected = 1.5 * t**2 / cond.variance(t)
     assert torch.allclose(field, expand(expected, x).expand_as(x), atol=1e-12)
+
+
+def test_energy_preserving_guidance_keeps_the_conditional_norm():
+    """x0 = guided |x0_c| / |guided|, row by row; scale 1 is one plain call, and without it x0 is the guided one."""
+    asked: list[int] = []
+
+    class Two:
+        """x0 is twice the state with the condition 1 and minus the state with 0."""
+
+        def x0(self, x, t, cond):
+            asked.append(len(x))
+            return torch.where(cond["label"][:, None] == 1, 2 * x, -x)
+
+        def null(self, cond):
+            return cond.with_(label=torch.zeros_like(cond["label"]))
+
+    x, t, cond = torch.randn(5, 7), torch.full((5,), 0.5), Cond(label=torch.ones(5, dtype=torch.long))
+    guided = guided_x0(Two(), x, t, cond, 3.0, rescale="energy")
+    torch.testing.assert_close(guided, 2 * x)  # -x + 3 (2x + x) = 8x, at the length of 2x
+    torch.testing.assert_close(guided_x0(Two(), x, t, cond, 3.0), 8 * x)
+    torch.testing.assert_close(guided_x0(Two(), x, t, cond, 1.0, rescale="energy"), 2 * x)
+    assert asked == [10, 10, 5]
+
+
+def test_same_norm_is_taken_over_whole_rows():
+    x, like = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    found = same_norm(x, like)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), like.flatten(1).norm(dim=1))
+    torch.testing.assert_close(found / x, (found / x)[:, :1, :1].expand_as(x))

@@ -16,6 +16,8 @@ from diffusers import (
     SCMScheduler,
 )
 
+from fewstep.data.batch import Cond
+from fewstep.draws import Draw
 from fewstep.errors import UserError
 from fewstep.maths.paths import FlowPath, TrigFlowPath, VPPath
 from fewstep.maths.solvers import Schedule, heun_step, rollout, sample, step
@@ -309,3 +311,38 @@ class TestHeun:
         alone = [heun_step(exact.velocity, x[i : i + 1], t[i].item(), t_next[i].item()) for i in range(3)]
         assert torch.allclose(rows, torch.cat(alone), atol=1e-15)
         assert min(asked) == 0.3
+
+
+class TestSecondTimes:
+    """What a two-time network is told in each step (`Schedule.told`), and what a rollout feeds."""
+
+    @pytest.mark.parametrize(
+        "target, last, expected",
+        [
+            ("next", 0.0, [0.75, 0.5, 0.25, 0.0]),
+            ("next", 0.5, [0.75, 0.5, 0.25, 0.125]),
+            ("zero", 0.5, [0.0] * 4),
+            ("same", 0.5, [1.0, 0.75, 0.5, 0.25]),
+        ],
+    )
+    def test_a_rollout_tells_the_second_time_of_every_step(self, target, last, expected):
+        told = []
+
+        class Listens:
+            path = FlowPath()
+
+            def x0(self, x, t, cond):
+                told.append(cond["s"])
+                return torch.zeros_like(x)
+
+        schedule = Schedule("ode", FlowPath().grid(4), target=target, last=last)
+        sample(Listens(), schedule, Cond(), Draw.for_images(0, range(2)), (3,))
+        assert [s.tolist() for s in told] == [[pytest.approx(s)] * 2 for s in expected]
+
+    def test_networks_with_one_time_are_told_none(self):
+        assert Schedule.uniform(2).told(1.0, 0.5) is None
+
+    @pytest.mark.parametrize("said", [{"target": "end"}, {"rescale": "norm"}, {"last": 1.5}])
+    def test_other_words_are_refused(self, said):
+        with pytest.raises(UserError, match="allowed are"):
+            Schedule("ode", (1.0,), **said)
