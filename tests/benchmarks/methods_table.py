@@ -90,7 +90,7 @@ TABLES: dict[str, Rows] = {
         "RCGM, LoRA": ("twinflow/digits_lora", RCGM),
         "TwinFlow, LoRA": ("twinflow/digits_lora", ()),
         "Self-E": ("self_e/digits", ()),
-        "Self-E, classifier direction alone": ("self_e/digits", ("config.direction=cls",)),
+        "Self-E, classifier direction alone": ("self_e/digits", ("config.full_from=1000000",)),
         "Self-E, from scratch": ("self_e/digits_scratch", ()),
     },
     "mismatch": {
