@@ -84,6 +84,7 @@ class SCM(DiffusionMethod):
 
     name = "scm"
     paper = Paper("Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "arXiv:2410.11081")
+    proven = "measured"
     Config = SCMConfig
     teacher: Denoiser
     student: Denoiser
