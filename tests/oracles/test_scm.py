@@ -181,7 +181,7 @@ def test_an_mlp_learns_to_sample_the_mixture_in_one_two_and_four_steps(mode, mos
     nets = {"teacher": mixture(), "student": fitted(mixture()), "weight": WeightHead()}
     seat(method, {role.name: nets[role.name] for role in method.roles()}, FlowPath())
     generator, label = torch.Generator().manual_seed(3), torch.zeros(256, dtype=torch.long)
-    optimizer = torch.optim.Adam(method.student.module.parameters(), 1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(method.student.module.parameters(), 3e-4, betas=(0.9, 0.99))
     weight = torch.optim.Adam(method.weight.module.parameters(), 1e-2)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2500)
     train(
