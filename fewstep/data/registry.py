@@ -17,11 +17,13 @@ SOURCES = Registry(
     {
         "digits": "fewstep.data.images:Digits",
         "digits_on_canvas": "fewstep.data.canvas:DigitsOnCanvas",
+        "chains": "fewstep.data.chains:Chains",
         "captions": "fewstep.data.captions:Captions",
         "crops": "fewstep.data.crops:Crops",
         "fashion_mnist": "fewstep.data.images:FashionMnist",
         "image_folder": "fewstep.data.image_folder:ImageFolder",
         "labels": "fewstep.data.labels:Labels",
+        "lengths": "fewstep.data.chains:Lengths",
         "prompts": "fewstep.data.labels:Prompts",
         "text_lines": "fewstep.data.text:TextLines",
         "text_labels": "fewstep.data.text:TextLabels",

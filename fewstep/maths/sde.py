@@ -146,3 +146,23 @@ def _times(strength: Tensor, h: Tensor) -> Tensor:
 
 def _wide(value: Level) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
+
+
+ODE_BELOW = 0.01  # t under which a Langevin sampler only follows the velocity
+
+
+def langevin_step(
+    x: Tensor, x0: Tensor, t: Tensor | float, t_next: Tensor | float, noise: Tensor, variance: float = 1.0
+) -> Tensor:
+    """A step of dx = [-v + g score] dt' + sqrt(2 g gamma) dW with t' = 1 - t and g = 1 / (1.01 - t) (arXiv 2503.00710).
+
+    v = (x - x0) / t, score = -(x + (1 - t) v) / t. variance is gamma: at 1 the marginals are those of the flow, below it
+    samples are colder. Where t < .01 it is the Euler step along v.
+    """
+    t, t_next = expand(t, x), expand(t_next, x)
+    width, v = t - t_next, (x - x0) / t
+    gain = 1 / (1 - t + ODE_BELOW)
+    score = -(x + (1 - t) * v) / t
+    moved = x - width * v
+    noisy = moved + width * gain * score + (2 * gain * variance * width).sqrt() * noise
+    return torch.where(t < ODE_BELOW, moved, noisy)

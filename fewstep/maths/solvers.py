@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .guidance import Denoises, Rescale, guided_x0
 from .paths import expand
-from .sde import ddim_eta_step, er_sde_step, euler_maruyama_step, sde_dpm_2_step
+from .sde import ddim_eta_step, er_sde_step, euler_maruyama_step, langevin_step, sde_dpm_2_step
 
 __all__ = [
     "Draws",
@@ -25,15 +25,16 @@ __all__ = [
     "er_sde_step",
     "euler_maruyama_step",
     "heun_step",
+    "langevin_step",
     "rollout",
     "sample",
     "sde_dpm_2_step",
     "step",
 ]
 
-Kind = Literal["ode", "renoise"]
+Kind = Literal["ode", "renoise", "sde"]
 Target = Literal["next", "zero", "same"]
-KINDS = ("ode", "renoise")
+KINDS = ("ode", "renoise", "sde")
 NOISES = ("fresh", "start")
 TARGETS = (None, "next", "zero", "same")
 RESCALES = (None, "energy")
@@ -50,7 +51,8 @@ class Draws(Protocol):
 class Schedule:
     """How a few-step model is sampled.
 
-    kind: "ode" moves along the velocity; "renoise" goes to x0 and noises it to the next level.
+    kind: "ode" moves along the velocity; "renoise" goes to x0 and noises it to the next level; "sde" is
+        `sde.langevin_step`, velocity and score together.
     u: clock values at which the network is called, decreasing within (0, 1]; after the last comes the clean sample.
     guidance: the usual scale, 1 = off. embedded: it is an input of the network, so a sample costs no second pass.
     noise: what "renoise" adds, "fresh" noise at every level or the "start" noise.
@@ -59,6 +61,7 @@ class Schedule:
         networks with one time.
     last: of "next": what the last step, which ends at 0, is told, as a share of its t.
     rescale: "energy" gives the guided x0 the norm of the conditional one.
+    noise_scale: factor of all noise, the start too, of "renoise" (a standard deviation); of the noise's variance of "sde".
     Raises UserError when a value is out of range or u does not decrease.
     """
 
@@ -71,6 +74,7 @@ class Schedule:
     target: Target | None = None
     last: float = 0.0
     rescale: Rescale | None = None
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "u", tuple(float(level) for level in self.u))
@@ -110,20 +114,29 @@ class Schedule:
 
 
 def step(
-    kind: Kind, x: Tensor, x0: Tensor, t: Tensor | float, t_next: Tensor | float, noise: Tensor | None = None
+    kind: Kind,
+    x: Tensor,
+    x0: Tensor,
+    t: Tensor | float,
+    t_next: Tensor | float,
+    noise: Tensor | None = None,
+    noise_scale: float = 1.0,
 ) -> Tensor:
     """One step from t to t_next < t, given the prediction x0 at x; exactly x0 when t_next = 0.
 
-    ode: x + (t_next - t) v with v = (x - x0) / t. renoise: (1 - t_next) x0 + t_next noise.
+    ode: x + (t_next - t) v with v = (x - x0) / t. renoise: (1 - t_next) x0 + noise_scale t_next noise. sde: see
+    `sde.langevin_step`.
     """
     if kind == "ode":
         return x0 + expand(_wide(t_next) / _wide(t), x) * (x - x0)
     if isinstance(t_next, float | int) and t_next == 0:
         return x0
     if noise is None:
-        raise ValueError("a renoise step to t_next > 0 needs noise")
+        raise ValueError(f"a {kind} step to t_next > 0 needs noise")
+    if kind == "sde":
+        return langevin_step(x, x0, t, t_next, noise, noise_scale)
     t_next = expand(t_next, x)
-    return (1 - t_next) * x0 + t_next * noise
+    return (1 - t_next) * x0 + noise_scale * t_next * noise
 
 
 @torch.no_grad()
@@ -141,6 +154,7 @@ def rollout(
         raise ValueError(f"level {until} of a schedule with {schedule.steps}")
     start = draw.normal("rollout.start", *shape)
     x = denoiser.path.start(start)
+    x = schedule.noise_scale * x if schedule.kind == "renoise" else x
     cond, scale = conditions(schedule, cond, x)
     for j in range(until):
         t = denoiser.path.time(levels[j])
@@ -148,7 +162,7 @@ def rollout(
         s = schedule.told(t, t_next)
         said = cond if s is None else cond.with_(s=x.new_full((len(x),), s))
         x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), said, scale, rescale=schedule.rescale)
-        x = step(schedule.kind, x, x0, t, t_next, _renoise(schedule, t_next, start, draw, j))
+        x = step(schedule.kind, x, x0, t, t_next, _renoise(schedule, t_next, start, draw, j), schedule.noise_scale)
     return x, levels[until]
 
 

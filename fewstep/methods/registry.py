@@ -23,6 +23,8 @@ METHODS = Registry(
         "meanflow": "fewstep.methods.diffusion.meanflow:MeanFlow",
         "scm": "fewstep.methods.diffusion.scm:SCM",
         "shortcut": "fewstep.methods.diffusion.shortcut:Shortcut",
+        "protein_flow_matching": "fewstep.methods.protein.flow_matching:ProteinFlowMatching",
+        "sid_protein": "fewstep.methods.protein.sid_protein:SiDProtein",
         "classify": "fewstep.methods.vision.classify:Classify",
         "ferkd": "fewstep.methods.vision.ferkd:FerKD",
         "masked_lm": "fewstep.methods.language.masked_lm:MaskedLM",

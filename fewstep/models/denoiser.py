@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..errors import UserError
-from ..maths.losses import mse_rows
 from ..maths.paths import Path, add_noise, eps_from_velocity, score_from_velocity, x0_from_velocity
 from ..nets.extra_inputs import feeding
 from .registry import FAMILIES
@@ -44,7 +43,8 @@ class Denoiser:
         return getattr(self.handle, name)  # trainable(), ema, assign(), ... are the handle's
 
     def output(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's own answer (v, eps, x0, ... as trained) at flow state x."""
+        """The network's own answer (v, eps, x0, ... as trained) at flow state x, which is projected first."""
+        x = self.project(x, cond)
         state = self.path.native(x, t)
         scale = self.path.input_scale(t)
         if isinstance(scale, Tensor) or scale != 1:
@@ -54,28 +54,37 @@ class Denoiser:
         plain = "s" not in cond and "s" not in self.handle.role.adds  # of a two-time network: the flow model at s = t
         with feeding(self.handle.module, cond.with_(s=t) if plain else cond, t):
             answer = self.family.unpack(self.handle.module, self.handle(**arguments), x)
-        return answer if answer.dtype == torch.float64 else answer.float()
+        return self.project(answer if answer.dtype == torch.float64 else answer.float(), cond)
+
+    def shape(self, cond: Cond) -> tuple[int, ...]:
+        """Shape of one row of noise or of a sample for this condition."""
+        return self.family.shape(self.handle.module, cond)
+
+    def project(self, x: Tensor, cond: Cond) -> Tensor:
+        """x without padding and whatever else is no part of a sample; images as they are."""
+        return self.family.project(x, cond)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v(x, t, cond), eps - x0 in expectation; told a second time `cond.s`, the mean velocity from t down to s."""
-        return self.path.velocity(self.output(x, t, cond), x, t)
+        return self.path.velocity(self.output(x, t, cond), self.project(x, cond), t)
 
     def x0(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predicted clean sample, x - t v."""
-        return x0_from_velocity(x, self.velocity(x, t, cond), t)
+        return x0_from_velocity(self.project(x, cond), self.velocity(x, t, cond), t)
 
     def eps(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predicted noise, x + (1 - t) v."""
-        return eps_from_velocity(x, self.velocity(x, t, cond), t)
+        return eps_from_velocity(self.project(x, cond), self.velocity(x, t, cond), t)
 
     def score(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Gradient of log p_t, -eps / t."""
-        return score_from_velocity(x, self.velocity(x, t, cond), t)
+        return score_from_velocity(self.project(x, cond), self.velocity(x, t, cond), t)
 
     def denoising_loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Mean squared error a row [rows], in the network's own parameterisation (each weighs noise levels its own way)."""
-        x = add_noise(x0, eps, t)
-        return mse_rows(self.output(x, t, cond), self.path.target(x0, eps, t))
+        x0, eps = self.project(x0, cond), self.project(eps, cond)
+        error = self.output(add_noise(x0, eps, t), t, cond) - self.path.target(x0, eps, t)
+        return self.family.mean_rows(error**2, cond)
 
     def null(self, cond: Cond) -> Cond:
         """The unconditional condition with the rows of `cond`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..errors import UserError
+from ..maths.losses import rows_mean
 from ..maths.paths import Path
 from ..nets.extra_inputs import attach
 
@@ -205,3 +206,15 @@ class DiffusionFamily:
 
     def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
         """Tells a network of `latent.any_size` the data's shape of a row, None where there are prompts alone."""
+
+    def shape(self, module: nn.Module, cond: Cond) -> tuple[int, ...]:
+        """Shape of one row for this condition, where it says one (a length); else `row_shape`."""
+        return self.row_shape(module)
+
+    def project(self, x: Tensor, cond: Cond) -> Tensor:
+        """x [rows, ...] without what is no part of a sample (padding, a centre of mass): linear, and the same when repeated."""
+        return x
+
+    def mean_rows(self, x: Tensor, cond: Cond) -> Tensor:
+        """Mean over those elements of each row that belong to a sample, [rows]."""
+        return rows_mean(x)

@@ -15,6 +15,7 @@ FAMILIES = Registry(
         "stable_diffusion_3": "fewstep.models.stable_diffusion_3:SD3",
         "sana": "fewstep.models.sana:SANA",
         "qwen_image": "fewstep.models.qwen_image:QWEN_IMAGE",
+        "protein_flow": "fewstep.models.protein_flow:PROTEIN_FLOW",
         "gaussian": "fewstep.models.oracle:GAUSSIAN",
         "gaussian_mixture": "fewstep.models.oracle:GAUSSIAN_MIXTURE",
         "mlp": "fewstep.models.oracle:MLP",

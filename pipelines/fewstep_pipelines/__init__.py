@@ -4,7 +4,10 @@ from importlib import import_module
 from typing import Any
 
 from .modeling_fewstep_times_v1 import FewStepTimes
+from .modeling_protein_flow_v1 import ProteinFlowTransformer
 from .pipeline_fewstep_class_v1 import FewStepClassPipeline
+from .pipeline_fewstep_protein_v1 import FewStepProteinPipeline, FewStepProteinPipelineOutput
+from .scheduling_flow_match_protein_v1 import FlowMatchProteinScheduler, FlowMatchProteinSDEScheduler
 
 TEXT = {  # these need transformers as well, so they are imported on first use
     "FewStepQwenImagePipeline": "pipeline_fewstep_qwenimage_v1",
@@ -13,10 +16,15 @@ TEXT = {  # these need transformers as well, so they are imported on first use
 }
 __all__ = [
     "FewStepClassPipeline",
+    "FewStepProteinPipeline",
+    "FewStepProteinPipelineOutput",
     "FewStepQwenImagePipeline",
     "FewStepSD3Pipeline",
     "FewStepSanaPipeline",
     "FewStepTimes",
+    "FlowMatchProteinSDEScheduler",
+    "FlowMatchProteinScheduler",
+    "ProteinFlowTransformer",
 ]
 
 

@@ -162,20 +162,25 @@ class SiD(DiffusionMethod):
         sizes = self.config.sizes
         grid = self.schedule_for(sizes[draw.integers("grid", len(sizes), per="step")])
         level = draw.integers("level", grid.steps, per="step")
-        x, u = rollout(self.student, grid, cond, draw, self.student.row_shape, until=level)
+        x, u = rollout(self.student, grid, cond, draw, self.student.shape(cond), until=level)
         with torch.set_grad_enabled(graph):
             return self.student.x0(x, x.new_full((len(x),), self.path.time(u)), cond)
 
     def fake_update(self, batch: Batch, draw: Draw) -> Update:
         """The fake model denoises x_g in its own parameterisation, and with SiDA tells it from real samples."""
         x0, cond = self.generate(batch.cond, draw, graph=False), self.dropped(batch.cond, draw)
-        t = self.teacher.path.time(draw.uniform("u", low=self.config.levels[0], high=self.config.levels[1]))
+        t = self.fake_level(draw)
         eps = draw.normal("eps", *x0.shape[1:])
         losses = {"denoise": self.denoising(x0, eps, t, cond)}
         if self.config.adversarial:  # real and made share level and noise
             real, made = (self.logits(add_noise(x, eps, t), t, batch.cond) for x in (batch.x0, x0))
             losses["discriminator"] = 0.5 * discriminator_rows(real, made)
         return Update("fake_score", losses)
+
+    def fake_level(self, draw: Draw) -> Tensor:
+        """Flow times [rows] at which the fake model is trained."""
+        low, high = self.config.levels
+        return self.teacher.path.time(draw.uniform("u", low=low, high=high))
 
     def denoising(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The fake model's loss; guided (long guidance) it is the guided output that has to be right."""
@@ -199,11 +204,15 @@ class SiD(DiffusionMethod):
             real = guided_x0(self.teacher, x, t, cond, self.config.guidance_scale)
             fake = guided_x0(self.fake_score, x, t, cond, self.config.fake_guidance)
         weight = self.normaliser(x0, real, t)
-        losses = {"sid": LOSSES[self.config.loss](x0, real, fake, self.config.alpha, weight)}
+        losses = {"sid": self.scaled(LOSSES[self.config.loss](x0, real, fake, self.config.alpha, weight), cond)}
         if self.config.adversarial:
             losses["gan"] = generator_rows(self.logits(x, t, cond)) / weight
         metrics = {"x0_std": x0.detach().flatten(1).std(1, correction=0), "gap": mse_rows(real, fake).detach()}
         return Update("student", losses, metrics=metrics)
+
+    def scaled(self, loss: Tensor, cond: Cond) -> Tensor:
+        """L_G [rows] times whatever a row's size asks for: nothing, where all rows are of one size."""
+        return loss
 
     def level(self, draw: Draw) -> Tensor:
         """Flow times [rows] at which the two models are compared; log-uniform: t = 10^(-2 u), so as many as decades."""

@@ -1,0 +1,1 @@
+"""Scores of protein backbones given by their CA atoms."""
