@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+MANY_STEPS = 50  # of a schedule, above which the reload check makes two samples only
+
+
 def meet_export(method: Method, handles: dict[str, Handle]) -> None:
     """Sets the exported role's path to the one whose pairs (label fed, level stepped from) an exported scheduler has.
 
@@ -115,22 +118,24 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
 def check_export(method: Method, model: Path, rows: int | None = None, seed: int = 0) -> float:
     """Largest difference between the method's own samples and those of a fresh process that has only diffusers.
 
-    A student told a second time is sampled in other numbers of steps too. rows: default 20, or 2 where a VAE decodes.
-    RunFailed when the images differ or the folder does not load there. 0 for models that no pipeline samples.
+    A student told a second time is sampled in other numbers of steps too. rows: default 20, or 2 where a VAE decodes or
+    many steps are taken. RunFailed when the samples differ or the folder does not load there. 0 for models that no pipeline samples.
     """
     if not isinstance(method, DiffusionMethod) or not card(model).get("pipeline"):
         return 0.0
     role = getattr(method, method.exported())
-    rows = rows or (20 if role.around is None else 2)
     schedule = method.schedule()
+    rows = rows or (20 if role.around is None and schedule.steps <= MANY_STEPS else 2)
     further = {n: replace(schedule, u=role.path.grid(n)) for n in _further(method, decodes=role.around is not None)}
     with _whole_float32(role.handle):
         samples = method.samples(rows, seed)
         others = {n: method.samples(rows, seed, other) for n, other in further.items()}
     asked = method.sources["train"].fetch(torch.arange(rows) % len(method.sources["train"]), None)
     noise = addresses(Draw.for_images(seed, np.arange(rows)))
-    start, *later = [noise(i, (rows, *role.row_shape)) for i in range(max(schedule.steps, *further, 0))]
-    return reload_check(model, samples, start, asked["cond"].get("label"), later, asked.get("prompt"), others)
+    cond = asked["cond"]
+    start, *later = [noise(i, (rows, *role.shape(cond))) for i in range(max(schedule.steps, *further, 0))]
+    lengths = role.family.lengths(cond)
+    return reload_check(model, samples, start, cond.get("label"), later, asked.get("prompt"), others, lengths)
 
 
 def _further(method: DiffusionMethod, decodes: bool) -> list[int]:

@@ -20,7 +20,6 @@ from .path_config import path_config
 
 FORMAT = 1
 HASHED = ("*.safetensors", "*.py")
-SECOND_TIME = ("target", "last", "rescale")  # words of a schedule that the pipelines which folders carry know
 
 
 def sampling(path: NoisePath, schedule: Schedule, steps: Sequence[int]) -> dict[str, Any]:

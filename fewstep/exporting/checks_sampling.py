@@ -16,10 +16,10 @@ from ..maths.solvers import Schedule
 from ..models.folder import path_from
 from ..models.registry import FAMILIES
 from ..models.times import TIMES
-from .card import SECOND_TIME, schedule_from
+from .card import schedule_from
 from .finding import Check, Finding, Findings, Subject
 from .fresh import given_noise, images_of
-from .grids import Pairs, grid, same_pairs, start_of, trained_pairs
+from .grids import SECOND_TIME, Pairs, grid, same_pairs, start_of, trained_pairs
 from .index import INDEX, foreign_code, read_index
 from .network import class_count, network_of, takes_prompts
 from .pipeline import addresses, load_pipeline

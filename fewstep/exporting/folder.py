@@ -21,8 +21,7 @@ from ..models.times import TIMES, times_of, write_times
 from ..nets.extra_inputs import folded, reads, weights_aside
 from ..nets.lora import Adapter
 from .atomic import written_aside
-from .card import SECOND_TIME, provenance, readme, sampling
-from .grids import start_of
+from .card import provenance, readme, sampling
 from .lora import LORA_FILE, save_lora
 from .network import class_count, takes_prompts
 from .targets import Target, exported, offered_steps, target_for
@@ -99,7 +98,7 @@ def _sampled(
     parts |= {family.facts.component: network, "scheduler": target.scheduler_for(path, schedule)}
     if times is not None and target.times:
         parts[TIMES] = times
-    pipeline = target.pipeline_class()(**parts, **_defaults(target, path, schedule))
+    pipeline = target.pipeline_class()(**parts, **target.defaults(path, schedule))
     for name, part in parts.items():
         if name != family.facts.component and hasattr(part, "save_pretrained"):  # `times` with its code
             part.save_pretrained(aside / name)
@@ -126,18 +125,6 @@ def _save(module: nn.Module, family: Any, folder: Path) -> FewStepTimes | None:
     times = times_of(module, family.facts.time_embedding)
     write_times(times, folder / TIMES)
     return times
-
-
-def _defaults(target: Target, path: NoisePath, schedule: Schedule) -> dict[str, Any]:
-    """What the pipeline that folders carry does unless it is told otherwise."""
-    if not target.carried:
-        return {}
-    return {
-        "default_steps": schedule.steps,
-        "default_guidance_scale": schedule.guidance,
-        "start": start_of(path),
-        **{word: getattr(schedule, word) for word in SECOND_TIME},
-    }
 
 
 def _prefix(family: Any) -> str:

@@ -3,8 +3,8 @@
     python fresh.py FOLDER REQUEST.safetensors ANSWER.safetensors
 
 The script imports diffusers, torch, numpy and safetensors only, and bars the way to fewstep. REQUEST holds `noise.0`
-(start), `noise.1` ... (what the scheduler draws) and maybe `labels`; its metadata says guidance, trust, and, as a JSON
-list or null, prompts, size, and numbers of steps, for each of which the images are made.
+(start), `noise.1` ... (what the scheduler draws) and maybe `labels` or `lengths`; its metadata says guidance, trust, and,
+as a JSON list or null, prompts, size, and numbers of steps, for each of which the samples are made.
 """
 
 from __future__ import annotations
@@ -76,8 +76,18 @@ def images_of(
     return pipeline(output_type="np", **{k: v for k, v in said.items() if v is not None and k in takes}).images
 
 
+def chains_of(pipeline: Any, lengths: Sequence[int], steps: int | None, **options: Any) -> Any:
+    """Protein backbones [rows, residues, 3] in nanometres, 0 after the end of each. What is None is not passed."""
+    pipeline.set_progress_bar_config(disable=True)
+    said = {"num_inference_steps": steps, **options}
+    return pipeline(lengths=list(lengths), **{k: v for k, v in said.items() if v is not None}).coords_nm
+
+
 def main(folder: str, request: str, answer: str) -> None:
-    """Loads the pipeline in `folder`, samples it, and writes `images` [rows, channels, height, width] in 0..1."""
+    """Loads the pipeline in `folder`, samples it, and writes `samples`.
+
+    Images are [rows, channels, height, width] in 0..1, chains [rows, residues, 3] in nanometres.
+    """
     for name in ("fewstep", "fewstep_pipelines", "fewstep_kernels"):
         sys.modules[name] = None  # type: ignore[assignment]  # from here on, importing it fails
     import torch
@@ -97,12 +107,18 @@ def main(folder: str, request: str, answer: str) -> None:
     def noise(i: int, shape: tuple[int, ...]) -> Any:
         return given.get(f"noise.{i}", torch.zeros(shape))  # a last step to t = 0 multiplies its noise by 0
 
+    def samples(steps: int) -> Any:
+        if "lengths" in given:
+            return chains_of(pipeline, given["lengths"].tolist(), steps)
+        pixels = images_of(pipeline, len(given["noise.0"]), labels, steps, *asked)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
     made = []
     for steps in json.loads(said["steps"]):
         with given_noise(pipeline, noise):
-            made.append(torch.from_numpy(images_of(pipeline, len(given["noise.0"]), labels, steps, *asked)))
-    pixels = torch.cat(made).permute(0, 3, 1, 2).contiguous().float()
-    save_file({"images": pixels}, answer, {"pipeline": type(pipeline).__name__})
+            made.append(samples(steps))
+    found = torch.cat(made).contiguous().float()
+    save_file({"samples": found}, answer, {"pipeline": type(pipeline).__name__})
 
 
 if __name__ == "__main__":

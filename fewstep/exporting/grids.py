@@ -13,6 +13,7 @@ CARRIED = "fewstep_pipelines"  # whose files folders carry
 OWN = f"{CARRIED}:FewStepClassPipeline"
 TEXT = ("FewStepSD3Pipeline", "FewStepSanaPipeline", "FewStepQwenImagePipeline")  # for families with text
 HAND_SIGMAS = (OWN.split(":")[1], *TEXT, "QwenImagePipeline")
+SECOND_TIME = ("target", "last", "rescale")  # words of a schedule that the pipelines which folders carry know
 Pairs = list[tuple[float, float]]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..maths.log_path import LogFlowPath
 from ..maths.paths import FlowPath, Path, VPPath
 from ..maths.tables import alphas_cumprod
 
@@ -35,7 +36,9 @@ def kind_of(path: Path) -> str:
 
 def path_config(path: Path) -> dict[str, Any]:
     """`path` in words that `models.folder.path_from` reads back to an equal path."""
-    return {"kind": kind_of(path), **(vp_config(path) if isinstance(path, VPPath) else asdict(path))}
+    if isinstance(path, VPPath):
+        return {"kind": "vp", **vp_config(path)}
+    return {"kind": "log_flow" if isinstance(path, LogFlowPath) else kind_of(path), **asdict(path)}  # type: ignore[call-overload]
 
 
 def vp_config(path: VPPath) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The proof at the end of an export: a fresh process that has only diffusers makes the trainer's own images."""
+"""The proof at the end of an export: a fresh process that has only diffusers makes the trainer's own samples."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def reload_check(
     renoise: Sequence[Tensor] = (),
     prompts: Sequence[str] | None = None,
     further: Mapping[int, Tensor] | None = None,
+    lengths: Tensor | None = None,
 ) -> float:
-    """Largest absolute difference between `expected` and the images of the reloaded folder, both in 0..1.
+    """Largest absolute difference between `expected` and the samples of the reloaded folder; images both in 0..1.
 
-    expected [n, channels, height, width] in [-1, 1], as `Method.samples` gives them; latents: unit noise they start
-    from, [n, *row_shape]; labels [n] int64; renoise: the noise added after level 1, 2, ... by a "renoise" schedule;
-    prompts [n] of a text-to-image folder; further: what is expected at other numbers of steps.
+    expected [n, channels, height, width] in [-1, 1], or chains [n, residues, 3], as `Method.samples` gives them;
+    latents: unit noise they start from, of their shape; labels [n] int64; renoise: the noise added after level 1, 2, ...
+    by the scheduler; prompts [n] of a text-to-image folder; further: what is expected at other numbers of steps;
+    lengths [n] of chains.
     Raises RunFailed when the folder does not load without fewstep, or the difference is 1e-4 or more (1e-3 where a VAE
     decodes).
     """
@@ -49,26 +51,29 @@ def reload_check(
     given = {f"noise.{i}": noise for i, noise in enumerate((latents, *renoise))}
     if labels is not None and said["classes"]:
         given["labels"] = labels
+    if lengths is not None:
+        given = {name: noise[:, : int(lengths.max())] for name, noise in given.items()} | {"lengths": lengths}
     further = further or {}
-    images = fresh_images(Path(folder), said, given, prompts, *([list(further)] if further else []))
-    expected = torch.cat([expected, *further.values()])
-    difference = ((expected.cpu().float() / 2 + 0.5).clamp(0, 1) - images).abs().max().item()
+    samples = fresh_samples(Path(folder), said, given, prompts, *([list(further)] if further else []))
+    expected = torch.cat([expected, *further.values()]).cpu().float()
+    expected = (expected / 2 + 0.5).clamp(0, 1) if lengths is None else expected[:, : samples.shape[1]]
+    difference = (expected - samples).abs().max().item()
     if not difference < (DECODED_TOLERANCE if (Path(folder) / "vae").is_dir() else TOLERANCE):
-        what = f"reloaded in a fresh process, its images are off by {difference:.1e}"
-        raise RunFailed(f"'{folder}' does not make the trained images: {what}")
+        what = f"reloaded in a fresh process, its samples are off by {difference:.1e}"
+        raise RunFailed(f"'{folder}' does not make the trained samples: {what}")
     return difference
 
 
-def fresh_images(
+def fresh_samples(
     folder: Path,
     said: Mapping[str, Any],
     given: Mapping[str, Tensor],
     prompts: Sequence[str] | None = None,
     further: Sequence[int] = (),
 ) -> Tensor:
-    """Images [n, channels, height, width] in 0..1 from a process of its own that cannot import fewstep.
+    """Images [n, channels, height, width] in 0..1, or chains, from a process of its own that cannot import fewstep.
 
-    further: other numbers of steps, whose images follow, [n (1 + len(further)), ...].
+    further: other numbers of steps, whose samples follow, [n (1 + len(further)), ...].
     """
     words = {
         "steps": json.dumps([len(said["schedule"]["u"]), *further]),
@@ -88,4 +93,4 @@ def fresh_images(
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RunFailed(f"'{folder}' does not run in a fresh process that has only diffusers: {last}")
         with safe_open(answer, "pt") as file:
-            return file.get_tensor("images").to(torch.float32)
+            return file.get_tensor("samples").to(torch.float32)

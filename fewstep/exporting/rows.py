@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..maths.clocks import shift
+from ..maths.log_path import LogFlowPath
 from ..maths.paths import FlowPath, Path
 from ..maths.solvers import Kind, Schedule
-from .grids import CARRIED, OWN
+from .grids import CARRIED, OWN, SECOND_TIME, start_of
 from .path_config import vp_config
 
 Guidance = Literal["embedded", "baked", "cfg", "none"]
@@ -19,6 +20,10 @@ Guidance = Literal["embedded", "baked", "cfg", "none"]
 
 def _same(path: Path) -> Path:
     return path
+
+
+def _nothing(_path: Path, _schedule: Schedule) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Target:
     guides: the pipeline does classifier-free guidance. decodes: it turns latents into images.
     embeds: it feeds its guidance_scale to a network that has that input, and does not guide such a network.
     times: it tells a second time to a network that reads one. rescales: it knows energy-preserving guidance.
+    defaults(path, schedule): what the pipeline is made with, for those whose files folders carry.
     """
 
     serves: str
@@ -46,6 +52,7 @@ class Target:
     embeds: bool = False
     times: bool = False
     rescales: bool = False
+    defaults: Callable[[Path, Schedule], dict[str, Any]] = _nothing
 
     @property
     def carried(self) -> bool:
@@ -80,8 +87,9 @@ class Target:
 
 
 def scheduler_class(name: str) -> Any:
-    """The diffusers scheduler called `name`; UserError when the installed version has none."""
-    found = getattr(import_module("diffusers"), name, None)
+    """The scheduler called `name`, of diffusers or carried; UserError when the installed version has none."""
+    carried: Any = import_module(CARRIED)
+    found = getattr(carried if name in carried.__all__ else import_module("diffusers"), name, None)
     if found is None:
         raise UserError(f"this version of diffusers has no {name}: install diffusers >= 0.36")
     return found
@@ -183,7 +191,17 @@ def _own(
 ) -> Target:
     """A row of a pipeline that folders carry."""
     words: dict[str, Any] = {"guides": True, "decodes": True, "times": True, "rescales": True}
-    return Target(serves, path, kind, pipeline, scheduler, config, trained=trained, **words)
+    return Target(serves, path, kind, pipeline, scheduler, config, trained=trained, defaults=_own_defaults, **words)
+
+
+def _own_defaults(path: Path, schedule: Schedule) -> dict[str, Any]:
+    """What the pipeline does unless it is told otherwise."""
+    return {
+        "default_steps": schedule.steps,
+        "default_guidance_scale": schedule.guidance,
+        "start": start_of(path),
+        **{word: getattr(schedule, word) for word in SECOND_TIME},
+    }
 
 
 def _carried_text(stock: str, ours: str) -> tuple[Target, ...]:
@@ -193,6 +211,25 @@ def _carried_text(stock: str, ours: str) -> tuple[Target, ...]:
         _own("flow", "ode", "FlowMatchEulerDiscreteScheduler", _flow, _plain, stock, place),
         _own("flow", "renoise", "FlowMatchLCMScheduler", _flow, _plain, stock, place),
     )
+
+
+def _protein(kind: Kind, scheduler: str, config: Callable[[Any, Schedule], dict[str, Any]]) -> Target:
+    """A row of protein backbones, whose pipeline and scheduler folders carry."""
+    place = f"{CARRIED}:FewStepProteinPipeline"
+    words: dict[str, Any] = {"guides": True, "defaults": _protein_defaults}
+    return Target("FewStepProteinPipeline", "flow", kind, place, scheduler, config, **words)
+
+
+def _protein_defaults(_path: Path, schedule: Schedule) -> dict[str, Any]:
+    return {"default_steps": schedule.steps, "default_guidance_scale": schedule.guidance}
+
+
+def _log_grid(path: LogFlowPath, schedule: Schedule) -> dict[str, Any]:
+    return {"first": path.first, "noise_scale": schedule.noise_scale}
+
+
+def _noise_scale(_path: Path, schedule: Schedule) -> dict[str, Any]:
+    return {"noise_scale": schedule.noise_scale}
 
 
 _PIXELS, _CONSISTENCY = "ConsistencyModelPipeline", "diffusers:ConsistencyModelPipeline"
@@ -209,6 +246,8 @@ TARGETS: tuple[Target, ...] = (
     *_carried_text("StableDiffusion3Pipeline", "FewStepSD3Pipeline"),
     *_carried_text("SanaPipeline", "FewStepSanaPipeline"),
     *_carried_text("QwenImagePipeline", "FewStepQwenImagePipeline"),
+    _protein("renoise", "FlowMatchProteinScheduler", _log_grid),
+    _protein("sde", "FlowMatchProteinSDEScheduler", _noise_scale),
     _own("flow", "ode", "FlowMatchEulerDiscreteScheduler", _flow, _plain),
     # FlowMatchEuler's own stochastic sampling ignores the generator in diffusers 0.36 and 0.38; this class does not.
     _own("flow", "renoise", "FlowMatchLCMScheduler", _flow, _plain),

@@ -25,10 +25,14 @@ class LogFlowPath(FlowPath):
 
     num_train_timesteps: int = 1
 
+    @property
+    def first(self) -> int:
+        """k of the first level."""
+        return round(-PER_DECADE * math.log10(self.t_max))
+
     def grid(self, steps: int) -> tuple[float, ...]:
         """Clock values of N levels, from t_max to .01; one level is t_max alone."""
-        first = round(-PER_DECADE * math.log10(self.t_max))
-        positions = torch.linspace(first, LAST, steps, dtype=torch.float64).round()
+        positions = torch.linspace(self.first, LAST, steps, dtype=torch.float64).round()
         return tuple((1 - positions / (DECADES * PER_DECADE)).tolist())
 
     def _time(self, u: Tensor) -> Tensor:

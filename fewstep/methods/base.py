@@ -294,4 +294,4 @@ class DiffusionMethod(Method):
         cond = self.preview_cond(rows).to(role.device)
         draw = Draw.for_images(seed, np.arange(rows), device=role.device)
         with role.averaged():
-            return role.decode(sample(role, schedule or self.schedule(), cond, draw, role.row_shape))
+            return role.decode(sample(role, schedule or self.schedule(), cond, draw, role.shape(cond)))

@@ -211,6 +211,10 @@ class DiffusionFamily:
         """Shape of one row for this condition, where it says one (a length); else `row_shape`."""
         return self.row_shape(module)
 
+    def lengths(self, cond: Cond) -> Tensor | None:
+        """Lengths [rows] of the samples that a condition asks for; None where all rows are of one shape."""
+        return None
+
     def project(self, x: Tensor, cond: Cond) -> Tensor:
         """x [rows, ...] without what is no part of a sample (padding, a centre of mass): linear, and the same when repeated."""
         return x

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from ..maths.log_path import LogFlowPath
 from ..maths.paths import FlowPath, Path, VPPath
 from ..resources import locate
 from .hub import find_model, local
@@ -116,6 +117,8 @@ def _path_in(folder: FilePath) -> Path:
 
 def path_from_scheduler(config: Mapping[str, Any]) -> Path:
     """The path that a diffusers scheduler config describes: flow for flow-matching schedulers, else variance preserving."""
+    if str(config.get("_class_name", "")).startswith("FlowMatchProtein"):
+        return LogFlowPath()
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
     if flow or str(config.get("_class_name", "")).startswith("Flow"):
         return FlowPath(shift=float(config.get("shift") or config.get("flow_shift") or 1.0))
@@ -128,9 +131,11 @@ def path_from(said: Mapping[str, Any]) -> Path:
     kind = said.pop("kind", "flow")
     if kind == "flow":
         return FlowPath(**said)
+    if kind == "log_flow":
+        return LogFlowPath(**said)
     if kind == "vp":
         return _vp(said)
-    raise UserError(f"unknown path kind '{kind}': write flow or vp")
+    raise UserError(f"unknown path kind '{kind}': write flow, log_flow or vp")
 
 
 def _vp(config: Mapping[str, Any]) -> VPPath:

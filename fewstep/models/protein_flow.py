@@ -111,6 +111,10 @@ class ProteinFlowFamily(DiffusionFamily):
         """[residues, 3], padding counted."""
         return (cond["mask"].shape[1], 3)
 
+    def lengths(self, cond: Cond) -> Tensor:
+        """Residues of each chain [rows]."""
+        return cond["mask"].sum(1)
+
     def project(self, x: Tensor, cond: Cond) -> Tensor:
         """Each chain's centre of mass to 0, and padding to 0."""
         return centred(x, cond["mask"])

@@ -8,7 +8,9 @@ x = (1 - tau) noise + tau data, and the network answers u = data - noise. It is 
 """
 
 import math
-from typing import Optional
+import shutil
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,12 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
         h = self.norm(h[:, count:])
         u = self.output(h) if self.neighbourhood is None else self.output(h, pair, x, mask)
         return u * mask[..., None]
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the config and, beside it, this file, so that a saved folder stays loadable."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _condition(self, tau, cath):
         features = [waves(TIME_SCALE * tau, self.config.time_width, TIME_SCALE)]

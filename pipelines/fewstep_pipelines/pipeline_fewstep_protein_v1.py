@@ -8,6 +8,8 @@ file name (v2), so that old folders keep the code they were written with.
     made.save("designs")          # designs/000000.pdb, ...
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+PARTS = ("transformer", "scheduler")  # whose code lies in their folders
 ANGSTROM = 10.0  # in a nanometre
 CIF_COLUMNS = [
     "group_PDB",
@@ -80,7 +83,7 @@ class FewStepProteinPipeline(DiffusionPipeline):
         transformer: a `ProteinFlowTransformer`, which answers data - noise.
         scheduler: `FlowMatchProteinScheduler` or `FlowMatchProteinSDEScheduler`.
         default_steps: number of steps, unless another is asked for.
-        shortest, longest: lengths that it was trained for; others are refused.
+        default_guidance_scale: towards a fold class, 1 = off.
     """
 
     model_cpu_offload_seq: Any = "transformer"
@@ -93,12 +96,36 @@ class FewStepProteinPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         default_steps: int = 16,
-        shortest: int = 50,
-        longest: int = 256,
+        default_guidance_scale: float = 1.0,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(default_steps=default_steps, shortest=shortest, longest=longest)
+        self.register_to_config(default_steps=default_steps, default_guidance_scale=default_guidance_scale)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The folder's config. This class is at hand already, so the copies of these files in the folder are not run."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict):
+            config["_class_name"] = cls.__name__
+            if __package__ == "fewstep_pipelines":
+                for name in PARTS:
+                    config[name] = [f"{__package__}.{config[name][0]}", config[name][1]]
+        return config
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes model_index.json and, beside it, this file, which it names; so a saved folder stays loadable."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """model_index.json as text, with the class and those of its parts given as [file, class]."""
+        said = json.loads(super().to_json_string())
+        said["_class_name"] = [Path(__file__).stem, type(self).__name__]
+        for name in PARTS:
+            said[name][0] = said[name][0].split(".")[-1]
+        return json.dumps(said, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(
@@ -107,7 +134,7 @@ class FewStepProteinPipeline(DiffusionPipeline):
         batch_size: int = 1,
         num_inference_steps: Optional[int] = None,  # noqa: UP045
         noise_scale: Optional[float] = None,  # noqa: UP045
-        guidance_scale: float = 1.0,
+        guidance_scale: Optional[float] = None,  # noqa: UP045
         cath: Optional[torch.Tensor] = None,  # noqa: UP045
         generator: Any = None,
         latents: Optional[torch.Tensor] = None,  # noqa: UP045
@@ -121,7 +148,7 @@ class FewStepProteinPipeline(DiffusionPipeline):
             num_inference_steps: None takes what the network was distilled for.
             noise_scale: factor of the sampler's noise (standard deviation in few steps, variance in the teacher's
                 sampler); None takes the scheduler's. Lower is more regular and less diverse.
-            guidance_scale: towards the fold class, 1 = off.
+            guidance_scale: towards the fold class, 1 = off; None takes the default.
             cath: fold labels [chains, 3], 0 = not known.
             generator: one, or one a chain, which makes a chain independent of its batch.
             latents: unit normal noise [chains, residues, 3] to start from.
@@ -131,6 +158,7 @@ class FewStepProteinPipeline(DiffusionPipeline):
             `FewStepProteinPipelineOutput`, or `(coords_nm, mask)` when `return_dict` is False.
         """
         lengths = [lengths] * batch_size if isinstance(lengths, int) else list(lengths)
+        guidance_scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
         self._check(lengths, guidance_scale, cath, generator)
         device = self._execution_device
         mask = torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
@@ -147,7 +175,8 @@ class FewStepProteinPipeline(DiffusionPipeline):
         return FewStepProteinPipelineOutput(x, mask) if return_dict else (x, mask)
 
     def _check(self, lengths: list, guidance_scale: float, cath: Any, generator: Any) -> None:
-        low, high = self.config["shortest"], self.config["longest"]
+        config = self.transformer.config
+        low, high = config.get("shortest", 1), config.get("longest", max(lengths, default=0))
         unfit = [n for n in lengths if not low <= n <= high]
         if unfit or not lengths:
             raise ValueError(f"lengths={unfit}: this model makes chains of {low} to {high} residues")

@@ -8,7 +8,9 @@ u = data - noise. Noise is not centred here: who calls a step keeps the state's 
 """
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -52,6 +54,12 @@ class _ProteinScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.sigmas[:-1]
         self.num_inference_steps = len(levels)
         self._step = 0
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the config and, beside it, this file, so that a saved folder stays loadable."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory, Path(__file__).name))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The sample itself."""

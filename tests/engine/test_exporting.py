@@ -96,7 +96,7 @@ def test_the_folder_of_a_text_run_is_held_to_the_methods_own_samples(
     places, monkeypatch, name, student, config, means, range_
 ):
     trainer = _text_run(places, name, student, config)
-    monkeypatch.setattr(reload, "fresh_images", _here)
+    monkeypatch.setattr(reload, "fresh_samples", _here)
     trainer.handles["student"].autocast = torch.bfloat16  # as with train.precision: bf16
     assert check_export(trainer.method, trainer.folder / "model") < 1e-4
     assert trainer.handles["student"].autocast is torch.bfloat16
@@ -108,7 +108,7 @@ def test_the_folder_of_a_text_run_is_held_to_the_methods_own_samples(
 
 def test_a_checkpoint_of_a_text_run_is_exported_and_checked_with_its_encoders(places, monkeypatch):
     run = _text_run(places, "again", {"optimizer": {"lr": 0.05}}, {"guidance_scale": 3.0}).folder
-    monkeypatch.setattr(reload, "fresh_images", _here)
+    monkeypatch.setattr(reload, "fresh_samples", _here)
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("check_export: false", "check_export: true"))
     early, late = export(run, places / "early", step=1), export(run, places / "late")
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_a_text_run_is_exported_and_checked_with_its_encoders(pl
 
 
 def _here(folder: Path, said: dict[str, Any], given: dict[str, torch.Tensor], prompts: list[str]) -> torch.Tensor:
-    """`fresh_images` without its process."""
+    """`fresh_samples` without its process."""
     pipeline = load_pipeline(folder, device="cpu")
     with given_noise(pipeline, lambda i, shape: given.get(f"noise.{i}", torch.zeros(shape))):
         schedule = said["schedule"]

@@ -33,10 +33,10 @@ def test_a_fresh_process_makes_the_same_images(own):
 
 def test_other_images_fail_the_run(own, monkeypatch):
     s, folder = own
-    monkeypatch.setattr(reload, "fresh_images", lambda *_: s.images(3).roll(1, 0))
-    with pytest.raises(RunFailed, match="does not make the trained images"):
+    monkeypatch.setattr(reload, "fresh_samples", lambda *_: s.images(3).roll(1, 0))
+    with pytest.raises(RunFailed, match="does not make the trained samples"):
         reload_check(folder, *_given(s))
-    monkeypatch.setattr(reload, "fresh_images", lambda *_: s.images(3) * float("nan"))
+    monkeypatch.setattr(reload, "fresh_samples", lambda *_: s.images(3) * float("nan"))
     with pytest.raises(RunFailed, match="nan"):
         reload_check(folder, *_given(s))
 

@@ -139,11 +139,11 @@ def test_decoded_images_may_differ_in_float32_sums_and_no_more(embedded, monkeyp
     s, folder = embedded
     images = s.images().clamp(0.1, 0.9)
     for off in (5e-4, 2e-3):
-        monkeypatch.setattr(reload, "fresh_images", lambda *_, off=off: images + off)
+        monkeypatch.setattr(reload, "fresh_samples", lambda *_, off=off: images + off)
         if off < 1e-3:
             assert reload_check(folder, 2 * images - 1, images, prompts=PROMPTS) == pytest.approx(off, rel=0.01)
             continue
-        with pytest.raises(RunFailed, match="does not make the trained images"):
+        with pytest.raises(RunFailed, match="does not make the trained samples"):
             reload_check(folder, 2 * images - 1, images, prompts=PROMPTS)
 
 

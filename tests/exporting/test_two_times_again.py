@@ -160,11 +160,11 @@ def test_the_whole_way_is_held_to_the_method_in_further_numbers_of_steps(tmp_pat
                     made.append(torch.from_numpy(images_of(pipeline, rows, given["labels"].tolist(), steps, 1.0)))
         return torch.cat(made).permute(0, 3, 1, 2)
 
-    monkeypatch.setattr(reload, "fresh_images", here)
+    monkeypatch.setattr(reload, "fresh_samples", here)
     assert check_export(trainer.method, model) < 1e-4
     assert asked == [2, 1, 8]
-    monkeypatch.setattr(reload, "fresh_images", lambda *given: here(*given).roll(1, 0))
-    with pytest.raises(RunFailed, match="does not make the trained images"):
+    monkeypatch.setattr(reload, "fresh_samples", lambda *given: here(*given).roll(1, 0))
+    with pytest.raises(RunFailed, match="does not make the trained samples"):
         asked.clear()
         check_export(trainer.method, model)
 
