@@ -72,7 +72,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
         self.register_tokens = nn.Parameter(0.02 * torch.randn(registers, width))
         self.layers = nn.ModuleList(Layer(width, num_heads, pair_width, cond_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.output = Directions(width, num_heads, pair_width, window) if window else nn.Linear(width, 3, bias=False)
+        self.output = Directions(width, pair_width, window) if window else nn.Linear(width, 3, bias=False)
         if not window:
             nn.init.zeros_(self.output.weight)
 
@@ -250,20 +250,21 @@ class Neighbourhood(nn.Module):
 
 
 class Directions(nn.Module):
-    """u as a sum of directions that turn with the chain, weighted by what the residues know.
+    """u as a sum of directions that turn with the chain, weighted by what the residues and pairs know.
 
-    u_i = sum_d w_id (x_{i+d} - x_i) / |x_{i+d} - x_i|  +  sum_h g_ih (sum_j a_ijh x_j - x_i), d over the neighbours in
-    the chain, a an attention of its own. Starts at 0.
+    u_i = sum_d a_id e_{i, i+d} + sum_j w_ij e_ij - g_i x_i, with e_ij = (x_j - x_i) / |x_j - x_i| and d over the
+    neighbours in the chain. Starts at 0.
     """
 
-    def __init__(self, width, heads, pair_width, window):
+    def __init__(self, width, pair_width, window):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.window = window
         self.near = nn.Linear(width, 2 * window)
-        self.far = nn.Linear(width, heads)
-        self.qk = nn.Linear(width, 2 * width, bias=False)
-        self.pair_bias = nn.Linear(pair_width, heads)
-        for layer in (self.near, self.far):
+        self.centre = nn.Linear(width, 1)
+        self.here, self.there = nn.Linear(width, pair_width), nn.Linear(width, pair_width)
+        self.pair = nn.Linear(pair_width, pair_width)
+        self.far = nn.Linear(pair_width, 1)
+        for layer in (self.near, self.centre, self.far):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -272,13 +273,11 @@ class Directions(nn.Module):
         around, there = windows(x, mask, self.window)
         kept = [d for d in range(2 * self.window + 1) if d != self.window]
         steps = F.normalize(around[..., kept, :] - x[:, :, None], dim=-1, eps=1e-2) * there[..., kept, None]
-        u = (self.near(h)[..., None] * steps).sum(2)
-        rows, residues, width = h.shape
-        q, k = self.qk(h).view(rows, residues, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        score = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + self.pair_bias(pair).permute(0, 3, 1, 2)
-        means = score.masked_fill(~mask[:, None, None], -torch.inf).softmax(3) @ x[:, None]
-        pulls = means.transpose(1, 2) - x[:, :, None]
-        return u + (self.far(h)[..., None] * pulls).sum(2)
+        near = (self.near(h)[..., None] * steps).sum(2)
+        hidden = F.silu(self.pair(pair) + self.here(h)[:, :, None] + self.there(h)[:, None])
+        weight = self.far(hidden)[..., 0] * mask[:, None]
+        ways = F.normalize(x[:, None] - x[:, :, None], dim=-1, eps=1e-2)
+        return near + torch.einsum("bij,bijc->bic", weight, ways) - self.centre(h) * x
 
 
 def windows(x, mask, reach):
