@@ -8,13 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from . import evaluate_chains
 from .answers import answer, number, only_json, say, table
 from .arguments import Guidance, Json, Seed, Steps
 
-Scored = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model folder, or a folder of images.")]
-Metrics = Annotated[str, typer.Option("--metrics", metavar="A,B", help="Names with commas between.")]
+Scored = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="An exported model folder, or a folder of images or protein structures.")
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics", metavar="A,B", help="Names with commas between; default: fid,prdc, and of chains protein."
+    ),
+]
 Count = Annotated[
-    int | None, typer.Option("--n", "-n", min=2, help="Images to draw; default: as many as the reference has.")
+    int | None, typer.Option("--n", "-n", min=2, help="Images to draw, default: as many as the reference has; chains to make, default: 100.")
 ]
 Features = Annotated[
     str | None, typer.Option("--features", metavar="NAME", help="Feature network; default: the model's own.")
@@ -22,7 +30,7 @@ Features = Annotated[
 Reference = Annotated[
     str | None,
     typer.Option(
-        "--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'."
+        "--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'; real chains: a folder, or chains."
     ),
 ]
 Reward = Annotated[
@@ -30,14 +38,23 @@ Reward = Annotated[
     typer.Option("--reward", metavar="NAME", help="Reward of the metric `reward`, or '{hpsv2: {from: FOLDER}}'."),
 ]
 Batch = Annotated[
-    int | None, typer.Option("--batch", min=1, help="Images drawn at once; default: 256, with prompts 8.")
+    int | None, typer.Option("--batch", min=1, help="Drawn at once; default: 256 images, with prompts 8; chains as fit.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep images, manifest and scores there.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep what was made and its scores there.")]
+Length = Annotated[
+    str | None,
+    typer.Option("--length", metavar="A,B", help="Residues of protein chains, round and round; default: 100."),
+]
+NoiseScales = Annotated[
+    str | None,
+    typer.Option("--noise-scales", metavar="A,B", help="Chains at each of these, a row each, e.g. 1,.8,.6,.45,.3,0."),
+]
+DEFAULT_METRICS = "fid,prdc"
 
 
 def evaluate(
     model: Scored,
-    metrics: Metrics = "fid,prdc",
+    metrics: Metrics = None,
     n: Count = None,
     features: Features = None,
     reference: Reference = None,
@@ -47,15 +64,38 @@ def evaluate(
     seed: Seed = 0,
     batch: Batch = None,
     out: Out = None,
+    length: Length = None,
+    noise_scales: NoiseScales = None,
     json: Json = None,
 ) -> None:
-    """Score a model, or a folder of images, against real images."""
+    """Score a model, or a folder of images or protein structures, against real ones."""
+    from ..evaluation.protein.files import holds_chains
+
+    shared = {"n": n, "reference": reference, "seed": seed, "steps": steps, "batch": batch, "out": out}
+    of_images = {"features": features, "reward": reward, "guidance": guidance}
+    chains = holds_chains(model)
+    with only_json(json):
+        if chains:
+            found = evaluate_chains.score(model, metrics, length, noise_scales, of_images, **shared)
+        else:
+            _refuse_chains(model, metrics, {"length": length, "noise-scales": noise_scales})
+            found = _images(model, metrics or DEFAULT_METRICS, **shared, **of_images)
+    answer(found, json, lambda: evaluate_chains.show(found) if chains else _show(found))
+
+
+def _images(model: Path, metrics: str, reference: str | None, reward: str | None, **options: Any) -> dict[str, Any]:
     from ..evaluation.evaluate import evaluate as score
 
-    with only_json(json):
-        real, judge = reference_of(reference), _mapping("--reward", reward, "a reward's name, or {NAME: {key: value}}")
-        found = score(model, metrics.split(","), n, features, real, seed, steps, guidance, batch, out, judge)
-    answer(found, json, lambda: _show(found))
+    judge = _mapping("--reward", reward, "a reward's name, or {NAME: {key: value}}")
+    return score(model, metrics.split(","), reference=reference_of(reference), reward=judge, **options)
+
+
+def _refuse_chains(model: Path, metrics: str | None, options: dict[str, str | None]) -> None:
+    asked = [f"--{name}" for name, value in options.items() if value is not None]
+    if metrics == evaluate_chains.METRIC:
+        asked.append(f"--metrics {metrics}")
+    if asked:
+        raise UserError(f"{asked[0]} is for protein chains, and '{model}' has none: leave it out")
 
 
 def reference_of(text: str | None) -> str | dict[str, Any] | None:

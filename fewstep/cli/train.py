@@ -27,11 +27,13 @@ def train(
 ) -> None:
     """Train a recipe and export its student."""
     from ..engine.trainer import train as run
+    from ..models.folder import card
 
     with only_json(json):
         done = run(recipe, out or default_out(recipe), overrides or (), resume, stage, show=not quiet)
     found = {"folder": str(done.folder), "model": str(done.model) if done.model else None, "steps": done.steps}
-    hints = {"sample": f"fewstep sample {done.model} -n 16 --out grid.png", "score": f"fewstep evaluate {done.model}"}
+    place = "chains" if done.model and "lengths" in card(done.model) else "grid.png"
+    hints = {"sample": f"fewstep sample {done.model} -n 16 --out {place}", "score": f"fewstep evaluate {done.model}"}
     answer(
         found,
         json,

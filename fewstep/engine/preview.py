@@ -1,4 +1,8 @@
-"""Sample grids as PNG files, and what a run shows of itself while it trains."""
+"""Sample grids as PNG files, and what a run shows of itself while it trains.
+
+previews/step-N.png        the samples; of some kinds also step-N.html, a page that needs nothing beside it
+previews/NAME/step-N.png   further pictures
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods.base import Method
+from ..registry import Registry
+
+# By `Method.draws`: f(method, samples, folder, step) writes files of samples into the folder.
+ARTISTS = Registry(
+    "artist",
+    "fewstep.artists",
+    {"images": "fewstep.engine.preview:draw_images", "chains": "fewstep.evaluation.protein.preview:draw_chains"},
+)
 
 
 def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
@@ -40,17 +52,23 @@ def save_grid(images: Tensor, file: Path, columns: int = 10) -> Path:
 
 @torch.no_grad()
 def write_previews(method: Method, rows: int, seed: int, folder: Path, step: int) -> Tensor | None:
-    """Writes step-N.png of the method's samples, and NAME/step-N.png of each further picture. Returns the samples.
+    """Has the method's samples drawn, and writes NAME/step-N.png of each further picture. Returns the samples.
 
-    Samples that are no images are returned, not written; None: the method does not generate.
+    None: the method does not generate.
     """
     file = f"step-{step:06d}.png"
     for caption, images in method.pictures(rows, seed).items():
         save_grid(images, folder / slug(caption) / file)
     samples = method.samples(rows, seed)
-    if samples is not None and samples.ndim == 4 and samples.shape[1] in (1, 3):
-        save_grid(samples, folder / file)
+    if samples is not None:
+        ARTISTS.get(method.draws)(method, samples, folder, step)
     return samples
+
+
+def draw_images(method: Method, samples: Tensor, folder: Path, step: int) -> None:
+    """Writes step-N.png of samples that are images of one or three channels, and nothing of others."""
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        save_grid(samples, folder / f"step-{step:06d}.png")
 
 
 def slug(caption: str) -> str:

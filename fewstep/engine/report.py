@@ -1,4 +1,7 @@
-"""One HTML file that tells a run: scores, samples, curves, recipe. It holds all it shows and runs no script."""
+"""One HTML file that tells a run: scores, samples, curves, recipe. It holds all it shows.
+
+It runs no script of its own; pages among the previews run theirs in frames that see nothing else.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,7 @@ def _page(folder: Path) -> dict[str, Any]:
         "scores": _scores(folder / "scores.json"),
         "grids": [_picture(file, file.stem.replace("_", " ")) for file in sorted(folder.glob("*.png"))],
         "previews": _previews(folder / "previews"),
+        "view": _view(folder / "previews"),
         "curves": curves(lines),
         "warnings": [(line["step"], line["warning"]) for line in lines if "warning" in line],
         "usage": usage(folder / "model"),
@@ -153,6 +157,12 @@ def _previews(folder: Path) -> dict[str, list[Picture]]:
         for heading, files in shown.items()
         if files
     }
+
+
+def _view(folder: Path) -> tuple[str, str] | None:
+    """The last page among the previews, with its caption."""
+    pages = sorted(folder.glob("*.html"))
+    return (_step(pages[-1]), pages[-1].read_text(encoding="utf-8")) if pages else None
 
 
 def _step(file: Path) -> str:

@@ -15,10 +15,13 @@ from fewstep_kernels import noise
 from .. import __version__
 from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
+from ..models.folder import path_from
 from .atomic import sha256
 from .path_config import path_config
 
 FORMAT = 1
+BIOLOGY = ("biology", "protein")
+MANY_LEVELS = 20  # of which a table shows the ends
 HASHED = ("*.safetensors", "*.py")
 
 
@@ -56,9 +59,11 @@ def readme(name: str, said: Mapping[str, Any]) -> str:
 
 
 def _head(said: Mapping[str, Any]) -> str:
-    tags = ["fewstep", "distillation", said.get("method"), said["family"]]
+    tags = ["fewstep", "distillation", said.get("method"), said["family"], *(BIOLOGY if "lengths" in said else ())]
     head: dict[str, Any] = {"tags": [tag for tag in tags if tag]}
-    if said.get("pipeline"):
+    if "lengths" in said:  # the hub has no task for proteins
+        head = {"library_name": "diffusers", **head}
+    elif said.get("pipeline"):
         task = "text-to-image" if said["prompts"] else "unconditional-image-generation"
         head = {"library_name": "diffusers", "pipeline_tag": task, **head}
     head["license"] = said.get("licence", "other")
@@ -80,12 +85,13 @@ def _usage(said: Mapping[str, Any]) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         f'pipe = DiffusionPipeline.from_pretrained("FOLDER"{trust})',
-        f"image = pipe({_call(said)}).images[0]",
+        *(_chain_call(said) if "lengths" in said else [f"image = pipe({_call(said)}).images[0]"]),
     ]
     code = "```python\n" + "\n".join(lines) + "\n```\n" + _any_steps(said)
     if not said["remote_code"]:
         return code
-    files = " and ".join(f"`{file}`" for file in said["remote_code"])
+    *others, last = (f"`{file}`" for file in said["remote_code"])
+    files = f"{', '.join(others)} and {last}" if others else last
     return (
         code
         + f"\nThis runs {files} of this folder: read it first. With `fewstep_pipelines` installed nothing is run.\n"
@@ -103,6 +109,18 @@ def _any_steps(said: Mapping[str, Any]) -> str:
             "The network in its folder is a stock one, the plain model; `times/` holds what tells it a second time.\n"
         )
     return text
+
+
+def _chain_call(said: Mapping[str, Any]) -> list[str]:
+    """How protein chains are made, and where they go."""
+    low, high = said["lengths"]
+    two = f"{low or 100}, {high or (low or 100) + 20}"
+    fold = ", cath=torch.tensor([[1, 0, 0]] * 2)" if said["guidance_scale"] != "none" else ""
+    return [
+        f"made = pipe(lengths=[{two}], num_inference_steps={len(said['schedule']['u'])}{fold})",
+        'made.save("designs")  # designs/000000.pdb and 000001.pdb; file_format="cif" for mmCIF',
+        "made.chains()         # CA atoms [residues, 3] in Angstrom; made.coords_nm, made.mask are padded",
+    ]
 
 
 def _call(said: Mapping[str, Any]) -> str:
@@ -141,18 +159,37 @@ def _adapter(said: Mapping[str, Any]) -> str:
 
 def _schedule(said: Mapping[str, Any]) -> str:
     schedule = said["schedule"]
-    levels = ", ".join(f"{u:.4g}" for u in schedule["u"])
     rows = {
         "sampler": f"`{schedule['kind']}`, as `{said['scheduler']}`",
-        "levels (clock, 1 = noise)": levels,
+        **_levels(said),
         "steps": ", ".join(map(str, said["steps"])),
         "network evaluations": said["nfe"],
         "guidance scale (1 = off)": schedule["guidance"],
         "the pipeline's `guidance_scale`": _guidance(said),
         "path": f"`{said['path']['kind']}`",
+        **_noise_scale(schedule),
         **_second_time(schedule),
     }
     return "## How it must be sampled\n\n" + _table([{"what": k, "value": v} for k, v in rows.items()])
+
+
+def _levels(said: Mapping[str, Any]) -> dict[str, str]:
+    """Clock values, or noise levels on a clock of their logarithm."""
+    name, levels = "levels (clock, 1 = noise)", said["schedule"]["u"]
+    if said["path"]["kind"] == "log_flow":
+        path = path_from(said["path"])
+        name, levels = "levels (t, 1 = noise)", [path.time(u) for u in levels]
+    shown = [f"{level:.4g}" for level in levels]
+    if len(shown) > MANY_LEVELS:
+        shown = [*shown[:3], "...", shown[-1]]
+    return {name: ", ".join(shown)}
+
+
+def _noise_scale(schedule: Mapping[str, Any]) -> dict[str, str]:
+    """What becomes of the noise that the sampler adds."""
+    scale = schedule.get("noise_scale", 1.0)
+    of = {"renoise": "standard deviation, the first state's too", "sde": "variance"}.get(schedule["kind"])
+    return {} if scale == 1 or of is None else {"`noise_scale`": f"{scale:g} of the noise's {of}"}
 
 
 def _second_time(schedule: Mapping[str, Any]) -> dict[str, str]:

@@ -18,14 +18,16 @@ from ..models.registry import FAMILIES
 from ..models.times import TIMES
 from .card import schedule_from
 from .finding import Check, Finding, Findings, Subject
-from .fresh import given_noise, images_of
+from .fresh import chains_of, given_noise, images_of
 from .grids import SECOND_TIME, Pairs, grid, same_pairs, start_of, trained_pairs
 from .index import INDEX, foreign_code, read_index
-from .network import class_count, network_of, takes_prompts
+from .network import class_count, network_of, takes_lengths, takes_prompts
 from .pipeline import addresses, load_pipeline
 from .targets import row_of, trained_at
 
 OLDEST = (0, 36)  # of diffusers: has every class that folders name
+MANY_STEPS = 50  # of a chain, more of which would tell no more
+COLLAPSED = 0.01  # nm, of coordinates
 _RESTORE = "restore scheduler/scheduler_config.json from the export"
 
 
@@ -135,7 +137,7 @@ def _loads(model: Subject) -> Findings:
 
 
 def _samples(model: Subject) -> Findings:
-    """Two images in one step, or in as few as were trained."""
+    """Two images in one step, or in as few as were trained; or two chains."""
     if foreign_code(model.folder):
         yield Finding("warn", "not loaded, because that would run its code", "load it with trust_remote_code=True")
         return
@@ -145,6 +147,9 @@ def _samples(model: Subject) -> Findings:
         yield Finding("error", str(error), "export the model again")
         return
     steps = min(model.said.get("steps") or [1])
+    if takes_lengths(pipeline):
+        yield from _chains(pipeline, min(steps, MANY_STEPS))
+        return
     labels = [0, 0] if class_count(network_of(pipeline)) else None
     prompts = ["a photo of a cat"] * 2 if takes_prompts(pipeline) else None
     with given_noise(pipeline, addresses(Draw.for_images(0, np.arange(2)))):
@@ -156,6 +161,19 @@ def _samples(model: Subject) -> Findings:
         yield Finding("warn", f"a {steps}-step sample is one flat or wholly saturated image", "look at more samples")
     else:
         yield Finding("ok", f"loads, and samples in {steps} step{'s' if steps > 1 else ''}")
+
+
+def _chains(pipeline: Any, steps: int) -> Findings:
+    """Two short chains. In fewer steps than the teacher's hundreds they need not look like proteins."""
+    config: Any = network_of(pipeline).config
+    with given_noise(pipeline, addresses(Draw.for_images(0, np.arange(2)))):
+        chains = chains_of(pipeline, [config.get("shortest") or 40] * 2, steps).cpu()
+    if not chains.isfinite().all():
+        yield Finding("error", f"a {steps}-step sample holds NaN", "go back to an earlier checkpoint")
+    elif chains.std() < COLLAPSED:
+        yield Finding("warn", f"a {steps}-step sample has all residues in one place", "look at more samples")
+    else:
+        yield Finding("ok", f"loads, and makes chains in {steps} step{'s' if steps > 1 else ''}")
 
 
 SAMPLING_CHECKS: tuple[Check, ...] = (_scheduler, _second_time, _code, _versions, _loads)

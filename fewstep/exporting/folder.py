@@ -23,8 +23,8 @@ from ..nets.lora import Adapter
 from .atomic import written_aside
 from .card import provenance, readme, sampling
 from .lora import LORA_FILE, save_lora
-from .network import class_count, takes_prompts
-from .targets import Target, exported, offered_steps, target_for
+from .network import class_count, network_of, takes_lengths, takes_prompts
+from .targets import exported, offered_steps, target_for
 
 if TYPE_CHECKING:
     from fewstep_pipelines import FewStepTimes
@@ -113,7 +113,17 @@ def _sampled(
         "prompts": takes_prompts(pipeline),
         "guidance_scale": guidance,
         "folded": inside,
+        **_of_chains(pipeline),
     }
+
+
+def _of_chains(pipeline: Any) -> dict[str, Any]:
+    """The shortest and longest chain that a protein model makes (None: any), and that nothing guides one without folds."""
+    if not takes_lengths(pipeline):
+        return {}
+    config: Any = network_of(pipeline).config
+    unguided = {} if config.get("cath_classes") else {"guidance_scale": "none"}
+    return {"lengths": [config.get("shortest"), config.get("longest")], **unguided}
 
 
 def _save(module: nn.Module, family: Any, folder: Path) -> FewStepTimes | None:

@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..models.times import TIMES
 
 INDEX = "model_index.json"
+# Parts whose copied code the installed class of a pipeline leaves alone, by that class; of all others, `times`.
+BESIDE = {"FewStepProteinPipeline": ("transformer", "scheduler")}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -55,18 +57,19 @@ def pipeline_class(folder: Path, trust_remote_code: bool = False) -> Any:
 def foreign_code(folder: Path) -> list[Path]:
     """Python files in the folder other than copies of `fewstep_pipelines`, which are never run from there.
 
-    Copies lie in the folder itself and in `times/`; one that a component of another place names is foreign.
+    Copies lie in the folder itself and in those of `BESIDE`; one that a component of another place names is foreign.
     """
+    index = read_index(folder) if (folder / INDEX).exists() else {}
+    named = index.get("_class_name")
+    places = (".", *BESIDE.get(str(named[-1]) if isinstance(named, list) and named else "", (TIMES,)))
     files = {file.relative_to(folder) for file in folder.rglob("*.py")}
-    copies = {file for file in files if file.stem in shipped() and file.parent.as_posix() in (".", TIMES)}
-    return sorted((files - copies) | {Path(f"{name}.py") for name in _reached(folder)})
+    copies = {file for file in files if file.stem in shipped() and file.parent.as_posix() in places}
+    return sorted((files - copies) | {Path(f"{name}.py") for name in _reached(index)})
 
 
-def _reached(folder: Path) -> list[str]:
+def _reached(index: dict[str, Any]) -> list[str]:
     """Names of code that model_index.json reaches for by way of other folders, as diffusers would let it."""
-    if not (folder / INDEX).exists():
-        return []
-    parts = [part for part in read_index(folder).values() if isinstance(part, list)]
+    parts = [part for part in index.values() if isinstance(part, list)]
     return [part[0] for part in parts if part and isinstance(part[0], str) and not set(part[0]).isdisjoint("/\\")]
 
 

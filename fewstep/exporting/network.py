@@ -29,3 +29,8 @@ def class_count(network: nn.Module) -> int | None:
 def takes_prompts(pipeline: Any) -> bool:
     """Whether a diffusers pipeline draws images from texts."""
     return "prompt" in inspect.signature(pipeline.__call__).parameters
+
+
+def takes_lengths(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline makes protein chains, of lengths that it is told."""
+    return "lengths" in inspect.signature(pipeline.__call__).parameters

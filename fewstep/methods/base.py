@@ -190,6 +190,7 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     row_multiple: int = 1  # batches are cut in named row parts
     batch_losses: ClassVar[bool] = False  # losses over the whole batch (InfoNCE): accumulation is refused
+    draws: ClassVar[str] = "images"  # what `samples` are: who draws previews of them, see `engine.preview.ARTISTS`
 
     def __init__(self, config: MethodConfig | None = None):
         self.config: Any = config if config is not None else self.Config()
@@ -236,7 +237,8 @@ class Method:
         return {}
 
     def samples(self, rows: int, seed: int) -> Tensor | None:
-        """Generated rows [rows, channels, height, width] in [-1, 1] for previews, guards and scores; None: does not generate."""
+        """Generated rows for previews, guards and scores, images [rows, channels, height, width] in [-1, 1] unless `draws`
+        says otherwise; None: does not generate."""
 
     def pictures(self, rows: int, seed: int) -> Mapping[str, Tensor]:
         """Further rows of images like those of `samples`, by what they show ("negative time"), for previews and report."""

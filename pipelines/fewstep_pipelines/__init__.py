@@ -6,7 +6,7 @@ from typing import Any
 from .modeling_fewstep_times_v1 import FewStepTimes
 from .modeling_protein_flow_v1 import ProteinFlowTransformer
 from .pipeline_fewstep_class_v1 import FewStepClassPipeline
-from .pipeline_fewstep_protein_v1 import FewStepProteinPipeline, FewStepProteinPipelineOutput
+from .pipeline_fewstep_protein_v1 import FewStepProteinPipeline, FewStepProteinPipelineOutput, write_chains
 from .scheduling_flow_match_protein_v1 import FlowMatchProteinScheduler, FlowMatchProteinSDEScheduler
 
 TEXT = {  # these need transformers as well, so they are imported on first use
@@ -25,6 +25,7 @@ __all__ = [
     "FlowMatchProteinSDEScheduler",
     "FlowMatchProteinScheduler",
     "ProteinFlowTransformer",
+    "write_chains",
 ]
 
 

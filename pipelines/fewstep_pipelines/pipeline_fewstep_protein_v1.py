@@ -9,6 +9,7 @@ file name (v2), so that old folders keep the code they were written with.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +21,20 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 PARTS = ("transformer", "scheduler")  # whose code lies in their folders
+FORMATS = ("pdb", "cif")
 ANGSTROM = 10.0  # in a nanometre
+PDB_RESIDUES, PDB_LOWEST, PDB_HIGHEST = 9999, -999.999, 9999.999  # what its columns hold
+CIF_ENTITY = (
+    "_entity.id 1",
+    "_entity.type polymer",
+    "_entity_poly.entity_id 1",
+    "_entity_poly.type polypeptide(L)",
+    "_struct_asym.id A",
+    "_struct_asym.entity_id 1",
+    "#",
+)
 CIF_COLUMNS = [
     "group_PDB",
     "id",
@@ -41,39 +52,35 @@ CIF_COLUMNS = [
     "occupancy",
     "B_iso_or_equiv",
     "auth_seq_id",
+    "auth_comp_id",
     "auth_asym_id",
+    "auth_atom_id",
     "pdbx_PDB_model_num",
 ]
 
 
 @dataclass
 class FewStepProteinPipelineOutput(BaseOutput):
-    """Backbones, padded to the longest.
+    """Backbones, padded to the longest; tensors, or arrays where the pipeline was asked for "np".
 
     coords_nm: CA atoms [chains, residues, 3] in nanometres, 0 in padding. mask: [chains, residues], true for residues.
     """
 
-    coords_nm: torch.Tensor
-    mask: torch.Tensor
+    coords_nm: Any
+    mask: Any
 
     @property
-    def coords_angstrom(self) -> torch.Tensor:
+    def coords_angstrom(self) -> Any:
         """The same in Angstrom."""
         return ANGSTROM * self.coords_nm
 
-    def chains(self) -> list[torch.Tensor]:
+    def chains(self) -> list:
         """Each chain without padding, [residues, 3] in Angstrom."""
-        return [x[m].cpu() for x, m in zip(self.coords_angstrom, self.mask)]
+        return [x[m] for x, m in zip(self.coords_angstrom, self.mask)]
 
     def save(self, folder: Any, file_format: str = "pdb", first: int = 0) -> list[Path]:
-        """Writes folder/000000.pdb (or .cif) and so on, counted from `first`; every residue is called ALA."""
-        if file_format not in ("pdb", "cif"):
-            raise ValueError(f"file_format={file_format!r}: write 'pdb' or 'cif'")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        files = [Path(folder, f"{first + i:06d}.{file_format}") for i in range(len(self.mask))]
-        for file, x in zip(files, self.chains()):
-            file.write_text(pdb_text(x) if file_format == "pdb" else cif_text(x, file.stem))
-        return files
+        """Writes the chains by `write_chains`."""
+        return write_chains(self.chains(), folder, file_format, first)
 
 
 class FewStepProteinPipeline(DiffusionPipeline):
@@ -87,7 +94,7 @@ class FewStepProteinPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq: Any = "transformer"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "clean"]
     transformer: Any
     scheduler: Any
 
@@ -110,7 +117,9 @@ class FewStepProteinPipeline(DiffusionPipeline):
             config["_class_name"] = cls.__name__
             if __package__ == "fewstep_pipelines":
                 for name in PARTS:
-                    config[name] = [f"{__package__}.{config[name][0]}", config[name][1]]
+                    file, part = config.get(name) or (None, None)
+                    if file not in (None, "diffusers"):
+                        config[name] = [f"{__package__}.{file}", part]
         return config
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -124,8 +133,19 @@ class FewStepProteinPipeline(DiffusionPipeline):
         said = json.loads(super().to_json_string())
         said["_class_name"] = [Path(__file__).stem, type(self).__name__]
         for name in PARTS:
-            said[name][0] = said[name][0].split(".")[-1]
+            if said[name][0] is not None:
+                said[name][0] = said[name][0].split(".")[-1]
         return json.dumps(said, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after this step; a callback may set `pipeline._interrupt`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -136,10 +156,14 @@ class FewStepProteinPipeline(DiffusionPipeline):
         noise_scale: Optional[float] = None,  # noqa: UP045
         guidance_scale: Optional[float] = None,  # noqa: UP045
         cath: Optional[torch.Tensor] = None,  # noqa: UP045
+        self_conditioning: bool = False,
+        sigmas: Optional[list[float]] = None,  # noqa: UP045
         generator: Any = None,
         latents: Optional[torch.Tensor] = None,  # noqa: UP045
+        output_type: str = "pt",
         return_dict: bool = True,
-        callback_on_step_end: Optional[Callable[..., dict]] = None,  # noqa: UP045
+        callback_on_step_end: Optional[Callable[..., Any]] = None,  # noqa: UP045
+        callback_on_step_end_tensor_inputs: Optional[list[str]] = None,  # noqa: UP045
     ) -> Any:
         """Makes chains.
 
@@ -150,58 +174,99 @@ class FewStepProteinPipeline(DiffusionPipeline):
                 sampler); None takes the scheduler's. Lower is more regular and less diverse.
             guidance_scale: towards the fold class, 1 = off; None takes the default.
             cath: fold labels [chains, 3], 0 = not known.
+            self_conditioning: tell the network the clean chain it predicted in the step before, if it knows such an
+                input. Students are distilled without.
+            sigmas: noise levels t to visit in place of the scheduler's own, decreasing.
             generator: one, or one a chain, which makes a chain independent of its batch.
             latents: unit normal noise [chains, residues, 3] to start from.
-            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": state}); may return a new state.
+            output_type: "pt" or "np".
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors); may return a new "latents". tensors
+                holds what `callback_on_step_end_tensor_inputs` names: "latents" (state at the next level, nanometres)
+                and "clean" (the predicted chain); default "latents" alone.
 
         Returns:
             `FewStepProteinPipelineOutput`, or `(coords_nm, mask)` when `return_dict` is False.
         """
-        lengths = [lengths] * batch_size if isinstance(lengths, int) else list(lengths)
-        guidance_scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
-        self._check(lengths, guidance_scale, cath, generator)
+        lengths = _listed(lengths, batch_size)
+        scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
+        told = callback_on_step_end_tensor_inputs or ["latents"]
+        self._check(lengths, scale, cath, self_conditioning, output_type, told)
         device = self._execution_device
         mask = torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
-        self.scheduler.set_noise_scale(noise_scale)
-        self.scheduler.set_timesteps(num_inference_steps or self.config["default_steps"], device=device)
+        known = {} if cath is None else {"cath": torch.as_tensor(cath, device=device)}
+        self._begin(num_inference_steps, sigmas, noise_scale)
         x = self._start(mask, generator, latents)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            u = self._predict(x, t, mask, cath, guidance_scale)
-            x = self.scheduler.step(u, t, x, generator=generator, return_dict=False)[0]
-            x = centred(x, mask)
+            u = self._predict(x, t, mask, known, scale)
+            x, clean = self.scheduler.step(u, t, x, generator=generator, return_dict=False, mask=mask)
+            x, clean = centred(x, mask), centred(clean, mask)
+            if self_conditioning:
+                known["x_self"] = clean
             if callback_on_step_end is not None:
-                x = callback_on_step_end(self, i, t, {"latents": x}).get("latents", x)
+                tensors = {"latents": x, "clean": clean}
+                answer = callback_on_step_end(self, i, t, {name: tensors[name] for name in told})
+                x = (answer or {}).get("latents", x)
+            if self.interrupt:
+                break
         self.maybe_free_model_hooks()
-        return FewStepProteinPipelineOutput(x, mask) if return_dict else (x, mask)
+        made = (x.cpu().numpy(), mask.cpu().numpy()) if output_type == "np" else (x, mask)
+        return FewStepProteinPipelineOutput(*made) if return_dict else made
 
-    def _check(self, lengths: list, guidance_scale: float, cath: Any, generator: Any) -> None:
+    def _check(
+        self, lengths: list, scale: float, cath: Any, self_conditioning: bool, output_type: str, told: list
+    ) -> None:
         config = self.transformer.config
-        low, high = config.get("shortest", 1), config.get("longest", max(lengths, default=0))
-        unfit = [n for n in lengths if not low <= n <= high]
+        low, high = config.get("shortest") or 1, config.get("longest") or math.inf
+        unfit = sorted({n for n in lengths if not low <= n <= high})
         if unfit or not lengths:
-            raise ValueError(f"lengths={unfit}: this model makes chains of {low} to {high} residues")
-        if guidance_scale != 1 and cath is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs fold labels in `cath`: use 1")
-        if cath is not None and tuple(cath.shape) != (len(lengths), 3):
-            raise ValueError(f"cath has shape {tuple(cath.shape)}, not {(len(lengths), 3)}")
-        if isinstance(generator, list) and len(generator) != len(lengths):
-            raise ValueError(f"{len(generator)} generators do not fit {len(lengths)} chains")
+            makes = f"{low} to {high} residues" if high < math.inf else f"{low} residues or more"
+            raise ValueError(f"lengths={unfit}: this model makes chains of {makes}")
+        if scale != 1 and cath is None:
+            raise ValueError(f"guidance_scale={scale} needs fold labels in `cath`: use 1")
+        if cath is not None:
+            self._check_folds(torch.as_tensor(cath), len(lengths))
+        if self_conditioning and not config.get("self_conditioning"):
+            raise ValueError("this network has no input for a chain predicted before: leave self_conditioning off")
+        if output_type not in ("pt", "np"):
+            raise ValueError(f"output_type={output_type!r}: write 'pt' or 'np'")
+        if not set(told) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs={told}: there are {self._callback_tensor_inputs}")
+
+    def _check_folds(self, cath: torch.Tensor, chains: int) -> None:
+        classes = list(self.transformer.config.get("cath_classes") or ())
+        if not classes:
+            raise ValueError("this network knows no fold classes: leave `cath` out")
+        if tuple(cath.shape) != (chains, len(classes)):
+            raise ValueError(f"cath has shape {tuple(cath.shape)}, not {(chains, len(classes))}")
+        if bool((cath < 0).any()) or bool((cath.cpu() > torch.tensor(classes)).any()):
+            raise ValueError(f"cath holds labels beyond 0 (not known) and 1 to {classes} at its levels")
+
+    def _begin(self, steps: Any, sigmas: Any, noise_scale: Any) -> None:
+        if sigmas is None and steps is None:
+            steps = self.config["default_steps"]
+        self.scheduler.set_noise_scale(noise_scale)
+        self.scheduler.set_timesteps(steps, device=self._execution_device, sigmas=sigmas)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        self._interrupt = False
 
     def _start(self, mask: torch.Tensor, generator: Any, noise: Any) -> torch.Tensor:
-        shape = (*mask.shape, 3)
+        """The first state, in float32 whatever the network runs in."""
+        like = torch.zeros(*mask.shape, 3, device=mask.device)
         if noise is None:
-            noise = randn_tensor(shape, generator=generator, device=mask.device, dtype=torch.float32)
-        if tuple(noise.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(noise.shape)}, not {shape}")
-        return centred(noise.to(mask.device, torch.float32) * self.scheduler.init_noise_sigma, mask)
+            noise = self.scheduler.draw(like, generator, mask)
+        if noise.shape != like.shape:
+            raise ValueError(f"latents have shape {tuple(noise.shape)}, not {tuple(like.shape)}")
+        return centred(noise.to(like) * self.scheduler.init_noise_sigma, mask)
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, cath: Any, scale: float) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, known: dict, scale: float) -> torch.Tensor:
         """u, centred; guided: unknown fold + scale (fold - unknown fold)."""
-        dtype = self.transformer.dtype
-        tau = (1 - t).expand(len(x))
-        u = self.transformer(x.to(dtype), tau, mask, cath=None if cath is None else cath.to(x.device)).float()
+        tau, dtype = (1 - t).expand(len(x)), self.transformer.dtype
+        if "x_self" in known:
+            known = {**known, "x_self": known["x_self"].to(dtype)}
+        u = self.transformer(x.to(dtype), tau, mask, **known).float()
         if scale != 1:
-            free = self.transformer(x.to(dtype), tau, mask).float()
+            unknown = {name: value for name, value in known.items() if name != "cath"}
+            free = self.transformer(x.to(dtype), tau, mask, **unknown).float()
             u = free + scale * (u - free)
         return centred(u, mask)
 
@@ -213,15 +278,58 @@ def centred(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x - mean) * weight
 
 
-def pdb_text(x: torch.Tensor) -> str:
-    """A PDB file of one chain of CA atoms [residues, 3] in Angstrom."""
+def write_chains(chains: Any, folder: Any, file_format: str = "pdb", first: int = 0) -> list[Path]:
+    """Writes folder/000000.pdb (or .cif) and so on, counted from `first`; every residue is called ALA.
+
+    chains: CA atoms [residues, 3] each, in Angstrom. ValueError, before anything is written, for a chain that the format
+    cannot hold.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"file_format={file_format!r}: write 'pdb' or 'cif'")
+    text = pdb_text if file_format == "pdb" else cif_text
+    names = [f"{first + i:06d}" for i in range(len(chains))]
+    texts = [text(x, name) for x, name in zip(chains, names)]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files = [Path(folder, f"{name}.{file_format}") for name in names]
+    for file, written in zip(files, texts):
+        file.write_text(written)
+    return files
+
+
+def pdb_text(x: Any, name: str = "chain") -> str:
+    """A PDB file of one chain of CA atoms [residues, 3] in Angstrom.
+
+    ValueError for coordinates that are no numbers, and for what the format's columns cannot hold: more than 9,999
+    residues, or coordinates beyond -999.999 .. 9999.999.
+    """
+    places = _numbers(x, name)
+    far = [v for place in places for v in place if not PDB_LOWEST <= round(v, 3) <= PDB_HIGHEST]
+    if far or len(places) > PDB_RESIDUES:
+        what = f"a coordinate of {far[0]:.0f} Angstrom" if far else f"{len(places)} residues"
+        raise ValueError(f"chain {name}: a PDB file cannot hold {what}: write 'cif'")
     line = "ATOM  {0:5d}  CA  ALA A{0:4d}    {1:8.3f}{2:8.3f}{3:8.3f}  1.00  0.00           C  "
-    atoms = [line.format(i, *place) for i, place in enumerate(x.tolist(), 1)]
+    atoms = [line.format(i, *place) for i, place in enumerate(places, 1)]
     return "\n".join([*atoms, f"TER   {len(atoms) + 1:5d}      ALA A{len(atoms):4d}", "END", ""])
 
 
-def cif_text(x: torch.Tensor, name: str) -> str:
-    """An mmCIF file of one chain of CA atoms [residues, 3] in Angstrom."""
-    head = [f"data_{name}", "#", "loop_", *(f"_atom_site.{column}" for column in CIF_COLUMNS)]
-    row = "ATOM {0} C CA . ALA A 1 {0} ? {1:.3f} {2:.3f} {3:.3f} 1.00 0.00 {0} A 1"
-    return "\n".join([*head, *(row.format(i, *place) for i, place in enumerate(x.tolist(), 1)), "#", ""])
+def cif_text(x: Any, name: str = "chain") -> str:
+    """An mmCIF file of one chain of CA atoms [residues, 3] in Angstrom. ValueError for coordinates that are no numbers."""
+    head = [f"data_{name}", f"_entry.id {name}", *CIF_ENTITY, "loop_", *(f"_atom_site.{c}" for c in CIF_COLUMNS)]
+    row = "ATOM {0} C CA . ALA A 1 {0} ? {1:.3f} {2:.3f} {3:.3f} 1.00 0.00 {0} ALA A CA 1"
+    return "\n".join([*head, *(row.format(i, *place) for i, place in enumerate(_numbers(x, name), 1)), "#", ""])
+
+
+def _numbers(x: Any, name: str) -> list:
+    places = x.tolist()
+    if not all(math.isfinite(value) for place in places for value in place):
+        raise ValueError(f"chain {name} has coordinates that are no numbers: nothing to write")
+    return places
+
+
+def _listed(lengths: Any, batch_size: int) -> list:
+    if not hasattr(lengths, "__iter__"):
+        return [int(lengths)] * batch_size
+    lengths = [int(n) for n in lengths]
+    if batch_size not in (1, len(lengths)):
+        raise ValueError(f"batch_size={batch_size} does not fit {len(lengths)} lengths")
+    return lengths

@@ -9,8 +9,10 @@ from fewstep.cli.main import app
 FROZEN = {
     "demo": "--out --full --quiet --json",
     "train": "recipe overrides --out --resume --stage --quiet --json",
-    "sample": "model --n -n --seed --out --steps --guidance --labels --prompt --trust-remote-code --json",
-    "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --json",
+    "sample": "model --n -n --seed --out --steps --guidance --labels --prompt --length --format "
+    "--noise-scale --cath --trust-remote-code --json",
+    "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --length "
+    "--noise-scales --json",
     "export": "run --to --checkpoint --json",
     "plan": "recipe overrides --json",
     "doctor": "model --json",

@@ -5,6 +5,7 @@ Real trans peptides have consecutive CA 3.80 +- 0.05 apart; cis ones, which are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class Limits:
     skipped: window of the distance i, i+2. clash: smallest distance of CA three or more apart in the chain. clashing:
     most such pairs that are nearer, per residue.
     compact: window of the radius of gyration over 2.2 n^0.38. left_handed: window of dihedrals of a left-handed helix,
-    in runs of at least `left_run`.
+    in runs of at least `left_run`. mirrored: largest share of helical residues in such runs; real chains have none.
     """
 
     bond: float = 0.2
@@ -32,9 +33,10 @@ class Limits:
     skipped: tuple[float, float] = (4.6, 7.5)
     clash: float = 3.6
     clashing: float = 0.01
-    compact: tuple[float, float] = (0.8, 1.5)
+    compact: tuple[float, float] = (0.8, 1.4)
     left_handed: tuple[float, float] = (-70.0, -30.0)
     left_run: int = 4
+    mirrored: float = 0.0
 
 
 LIMITS = Limits()
@@ -44,7 +46,8 @@ LIMITS = Limits()
 class Shape:
     """Numbers of one chain; shares lie in 0..1.
 
-    bond, bond_std: mean and standard deviation of consecutive distances. bonded, loosely_bonded: share of them near 3.8.
+    bond, bond_std: mean and standard deviation of consecutive distances; bond_error: their mean deviation from 3.8 in
+    absolute value. bonded, loosely_bonded: share of them near 3.8.
     skipped: share of the distances i, i+2 in their window. clashes: pairs too close, per residue. compactness: radius of
     gyration over 2.2 n^0.38. contacts: share of residues with a CA within 8 six or more apart. contact_order: mean
     separation of such pairs over n. left_handed: share of helical residues in left-handed runs, NaN without any.
@@ -53,6 +56,7 @@ class Shape:
     n: int
     bond: float
     bond_std: float
+    bond_error: float
     bonded: float
     loosely_bonded: float
     skipped: float
@@ -67,33 +71,33 @@ class Shape:
 def shape(x: Coords, limits: Limits = LIMITS) -> Shape:
     """All numbers of a chain of at least 4 residues; NaN coordinates make it invalid."""
     if len(x) < 4 or not np.isfinite(x).all():
-        return Shape(len(x), *[float("nan")] * 10, valid=False)
+        return Shape(len(x), *[float("nan")] * 11, valid=False)
     bonds, skips = distances(x, 1), distances(x, 2)
     near = np.abs(bonds - BOND)
-    clashes = clash_count(x, limits.clash) / len(x)
-    compactness = radius_of_gyration(x) / expected_radius(len(x))
-    left = left_handed_share(x, limits)
     contacts, order = contact_numbers(x)
-    bonded = float((near < limits.bond).mean())
-    valid = (
-        bonded >= limits.bonded
-        and clashes <= limits.clashing
-        and limits.compact[0] <= compactness <= limits.compact[1]
-        and not left > 0.5
-    )
-    return Shape(
-        n=len(x),
-        bond=float(bonds.mean()),
-        bond_std=float(bonds.std()),
-        bonded=bonded,
-        loosely_bonded=float((near < limits.loose_bond).mean()),
-        skipped=float(((skips > limits.skipped[0]) & (skips < limits.skipped[1])).mean()),
-        clashes=clashes,
-        compactness=compactness,
-        contacts=contacts,
-        contact_order=order,
-        left_handed=left,
-        valid=bool(valid),
+    numbers = {
+        "bond": float(bonds.mean()),
+        "bond_std": float(bonds.std()),
+        "bond_error": float(near.mean()),
+        "bonded": float((near < limits.bond).mean()),
+        "loosely_bonded": float((near < limits.loose_bond).mean()),
+        "skipped": float(((skips > limits.skipped[0]) & (skips < limits.skipped[1])).mean()),
+        "clashes": clash_count(x, limits.clash) / len(x),
+        "compactness": radius_of_gyration(x) / expected_radius(len(x)),
+        "contacts": contacts,
+        "contact_order": order,
+        "left_handed": left_handed_share(x, limits),
+    }
+    return Shape(n=len(x), **numbers, valid=_valid(numbers, limits))
+
+
+def _valid(numbers: Mapping[str, float], limits: Limits) -> bool:
+    """Bonds, clashes, compactness and handedness together; a chain without helices (NaN) is not left-handed."""
+    return (
+        numbers["bonded"] >= limits.bonded
+        and numbers["clashes"] <= limits.clashing
+        and limits.compact[0] <= numbers["compactness"] <= limits.compact[1]
+        and not numbers["left_handed"] > limits.mirrored
     )
 
 

@@ -13,7 +13,8 @@ from .geometry import Coords
 
 def secondary_structure(x: Coords) -> str:
     """A letter a residue for a chain [residues, 3] in Angstrom: h helix, s strand, c neither."""
-    letters = _structure().annotate_sse(backbone(x))
+    with np.errstate(divide="ignore", invalid="ignore"):  # atoms of one place have no angle between them
+        letters = _structure().annotate_sse(backbone(x))
     return "".join({"a": "h", "b": "s"}.get(letter, "c") for letter in letters)
 
 

@@ -51,6 +51,11 @@ def superposed(x: Coords, onto: Coords) -> Coords:
     return (x - centre) @ (u @ proper @ vt) + target
 
 
+def rmsd(a: Coords, b: Coords) -> float:
+    """Root mean square distance of two chains of one length, in Angstrom, after the best rotation, mirrors not allowed."""
+    return float(np.sqrt(((superposed(b, a) - a) ** 2).sum(1).mean()))
+
+
 def tm_matrix(chains: Sequence[Coords]) -> Coords:
     """All pairs, [chains, chains], 1 on the diagonal."""
     found = np.eye(len(chains))

@@ -53,6 +53,7 @@ class ProteinFlowMatching(DiffusionMethod):
     name = "protein_flow_matching"
     paper = Paper("Proteina: Scaling Flow-based Protein Structure Generative Models", "arXiv:2503.00710")
     Config = ProteinFlowMatchingConfig
+    draws = "chains"
     student: Denoiser
     distogram: Handle
 

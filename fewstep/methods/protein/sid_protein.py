@@ -62,6 +62,7 @@ class SiDProtein(SiD):
     name = "sid_protein"
     paper = Paper("Distilled Protein Backbone Generation", "arXiv:2510.03095")
     Config = SiDProteinConfig
+    draws = "chains"
 
     def roles(self) -> tuple[Role, ...]:
         """Teacher, and two full copies of it."""
