@@ -22,7 +22,8 @@ Metrics = Annotated[
     ),
 ]
 Count = Annotated[
-    int | None, typer.Option("--n", "-n", min=2, help="Images to draw, default: as many as the reference has; chains to make, default: 100.")
+    int | None,
+    typer.Option("--n", "-n", min=2, help="Images to draw, default as many as the reference has; or chains, 100."),
 ]
 Features = Annotated[
     str | None, typer.Option("--features", metavar="NAME", help="Feature network; default: the model's own.")
@@ -30,7 +31,9 @@ Features = Annotated[
 Reference = Annotated[
     str | None,
     typer.Option(
-        "--reference", metavar="SOURCE", help="Real images: a data source, or '{source: image_folder, path: ...}'; real chains: a folder, or chains."
+        "--reference",
+        metavar="SOURCE",
+        help="Real images: a data source, or '{source: image_folder, path: ...}'; real proteins: a folder, or chains.",
     ),
 ]
 Reward = Annotated[
@@ -38,7 +41,8 @@ Reward = Annotated[
     typer.Option("--reward", metavar="NAME", help="Reward of the metric `reward`, or '{hpsv2: {from: FOLDER}}'."),
 ]
 Batch = Annotated[
-    int | None, typer.Option("--batch", min=1, help="Drawn at once; default: 256 images, with prompts 8; chains as fit.")
+    int | None,
+    typer.Option("--batch", min=1, help="Drawn at once; default: 256 images, with prompts 8; chains as fit."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep what was made and its scores there.")]
 Length = Annotated[
@@ -48,6 +52,12 @@ Length = Annotated[
 NoiseScales = Annotated[
     str | None,
     typer.Option("--noise-scales", metavar="A,B", help="Chains at each of these, a row each, e.g. 1,.8,.6,.45,.3,0."),
+]
+Compared = Annotated[
+    int | None,
+    typer.Option(
+        "--compared", min=2, help="Chains of a set that TM-scores are found for; default: 60, spread over it."
+    ),
 ]
 DEFAULT_METRICS = "fid,prdc"
 
@@ -66,19 +76,21 @@ def evaluate(
     out: Out = None,
     length: Length = None,
     noise_scales: NoiseScales = None,
+    compared: Compared = None,
     json: Json = None,
 ) -> None:
     """Score a model, or a folder of images or protein structures, against real ones."""
     from ..evaluation.protein.files import holds_chains
 
-    shared = {"n": n, "reference": reference, "seed": seed, "steps": steps, "batch": batch, "out": out}
-    of_images = {"features": features, "reward": reward, "guidance": guidance}
+    shared: dict[str, Any] = {"n": n, "reference": reference, "seed": seed, "steps": steps, "batch": batch, "out": out}
+    of_images: dict[str, Any] = {"features": features, "reward": reward, "guidance": guidance}
     chains = holds_chains(model)
     with only_json(json):
         if chains:
-            found = evaluate_chains.score(model, metrics, length, noise_scales, of_images, **shared)
+            found = evaluate_chains.score(model, metrics, length, noise_scales, compared, of_images, **shared)
         else:
-            _refuse_chains(model, metrics, {"length": length, "noise-scales": noise_scales})
+            of_chains = {"length": length, "noise-scales": noise_scales, "compared": compared}
+            _refuse_chains(model, metrics, of_chains)
             found = _images(model, metrics or DEFAULT_METRICS, **shared, **of_images)
     answer(found, json, lambda: evaluate_chains.show(found) if chains else _show(found))
 
@@ -90,7 +102,7 @@ def _images(model: Path, metrics: str, reference: str | None, reward: str | None
     return score(model, metrics.split(","), reference=reference_of(reference), reward=judge, **options)
 
 
-def _refuse_chains(model: Path, metrics: str | None, options: dict[str, str | None]) -> None:
+def _refuse_chains(model: Path, metrics: str | None, options: dict[str, Any]) -> None:
     asked = [f"--{name}" for name, value in options.items() if value is not None]
     if metrics == evaluate_chains.METRIC:
         asked.append(f"--metrics {metrics}")

@@ -30,6 +30,7 @@ def score(
     metrics: str | None,
     length: str | None,
     noise_scales: str | None,
+    compared: int | None,
     images: Mapping[str, Any],
     **options: Any,
 ) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def score(
 
     images: options that only images have, by name; UserError when one is given, or another metric than `protein`.
     """
-    from ..evaluation.protein.evaluate import DEFAULT_LENGTHS, evaluate_chains
+    from ..evaluation.protein.evaluate import DEFAULT_LENGTHS, MOST_COMPARED, evaluate_chains
     from ..evaluation.protein.sweep import sweep
 
     if metrics not in (None, METRIC):
@@ -47,6 +48,7 @@ def score(
         raise UserError(f"--{given[0]} is for images, and '{model}' holds protein chains: leave it out")
     lengths = tuple(numbers(length, "--length")) if length else DEFAULT_LENGTHS
     scales = _scales(noise_scales)
+    options["compared"] = compared or MOST_COMPARED
     if len(scales) > 1:
         return sweep(model, scales, lengths=lengths, **options)
     return evaluate_chains(model, lengths=lengths, noise_scale=scales[0] if scales else None, **options)

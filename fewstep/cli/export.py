@@ -9,6 +9,7 @@ import typer
 
 from .answers import answer, only_json, say
 from .arguments import Json, Run
+from .sample import hint
 
 To = Annotated[Path, typer.Option("--to", help="Folder to write; it must be empty or new.")]
 At = Annotated[
@@ -22,6 +23,4 @@ def export(run: Run, to: To, checkpoint: At = None, json: Json = None) -> None:
 
     with only_json(json):
         folder = write(run, to, checkpoint)
-    answer(
-        {"model": str(folder)}, json, lambda: say(model=folder, sample=f"fewstep sample {folder} -n 16 --out grid.png")
-    )
+    answer({"model": str(folder)}, json, lambda: say(model=folder, sample=hint(folder)))

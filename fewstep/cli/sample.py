@@ -77,6 +77,13 @@ def sample(
     answer(found, json, lambda: say(**shown))
 
 
+def hint(model: Path) -> str:
+    """How the model in a folder is sampled."""
+    from ..models.folder import card
+
+    return f"fewstep sample {model} -n 16 --out {'chains' if 'lengths' in card(model) else 'grid.png'}"
+
+
 def _images(pipeline: Any, n: int, seed: int, out: Path, labels: str | None, **asked: Any) -> dict[str, Any]:
     from ..engine.preview import save_grid
     from ..exporting.pipeline import generate

@@ -9,6 +9,7 @@ import typer
 
 from .answers import answer, only_json, say
 from .arguments import Json, Overrides, Recipe
+from .sample import hint
 
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<the recipe's folder>-<its name>.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
@@ -27,17 +28,15 @@ def train(
 ) -> None:
     """Train a recipe and export its student."""
     from ..engine.trainer import train as run
-    from ..models.folder import card
 
     with only_json(json):
         done = run(recipe, out or default_out(recipe), overrides or (), resume, stage, show=not quiet)
     found = {"folder": str(done.folder), "model": str(done.model) if done.model else None, "steps": done.steps}
-    place = "chains" if done.model and "lengths" in card(done.model) else "grid.png"
-    hints = {"sample": f"fewstep sample {done.model} -n 16 --out {place}", "score": f"fewstep evaluate {done.model}"}
+    hints = {"sample": hint(done.model), "score": f"fewstep evaluate {done.model}"} if done.model else {}
     answer(
         found,
         json,
-        lambda: say(run=done.folder, steps=done.steps, **({"model": done.model, **hints} if done.model else {})),
+        lambda: say(run=done.folder, steps=done.steps, model=done.model, **hints),
     )
 
 

@@ -65,7 +65,7 @@ def write_previews(method: Method, rows: int, seed: int, folder: Path, step: int
     return samples
 
 
-def draw_images(method: Method, samples: Tensor, folder: Path, step: int) -> None:
+def draw_images(_method: Method, samples: Tensor, folder: Path, step: int) -> None:
     """Writes step-N.png of samples that are images of one or three channels, and nothing of others."""
     if samples.ndim == 4 and samples.shape[1] in (1, 3):
         save_grid(samples, folder / f"step-{step:06d}.png")

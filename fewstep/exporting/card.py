@@ -187,9 +187,12 @@ def _levels(said: Mapping[str, Any]) -> dict[str, str]:
 
 def _noise_scale(schedule: Mapping[str, Any]) -> dict[str, str]:
     """What becomes of the noise that the sampler adds."""
-    scale = schedule.get("noise_scale", 1.0)
+    scale, renewal = schedule.get("noise_scale", 1.0), schedule.get("renewal")
     of = {"renoise": "standard deviation, the first state's too", "sde": "variance"}.get(schedule["kind"])
-    return {} if scale == 1 or of is None else {"`noise_scale`": f"{scale:g} of the noise's {of}"}
+    return {
+        **({} if scale == 1 or of is None else {"`noise_scale`": f"{scale:g} of the noise's {of}"}),
+        **({} if renewal is None else {"`renewal`": f"a step replaces at most {renewal:g} of the noise"}),
+    }
 
 
 def _second_time(schedule: Mapping[str, Any]) -> dict[str, str]:

@@ -228,8 +228,8 @@ def _log_grid(path: LogFlowPath, schedule: Schedule) -> dict[str, Any]:
     return {"first": path.first, "noise_scale": schedule.noise_scale}
 
 
-def _noise_scale(_path: Path, schedule: Schedule) -> dict[str, Any]:
-    return {"noise_scale": schedule.noise_scale}
+def _langevin(_path: Path, schedule: Schedule) -> dict[str, Any]:
+    return {"noise_scale": schedule.noise_scale, "renewal": schedule.renewal}
 
 
 _PIXELS, _CONSISTENCY = "ConsistencyModelPipeline", "diffusers:ConsistencyModelPipeline"
@@ -247,7 +247,7 @@ TARGETS: tuple[Target, ...] = (
     *_carried_text("SanaPipeline", "FewStepSanaPipeline"),
     *_carried_text("QwenImagePipeline", "FewStepQwenImagePipeline"),
     _protein("renoise", "FlowMatchProteinScheduler", _log_grid),
-    _protein("sde", "FlowMatchProteinSDEScheduler", _noise_scale),
+    _protein("sde", "FlowMatchProteinSDEScheduler", _langevin),
     _own("flow", "ode", "FlowMatchEulerDiscreteScheduler", _flow, _plain),
     # FlowMatchEuler's own stochastic sampling ignores the generator in diffusers 0.36 and 0.38; this class does not.
     _own("flow", "renoise", "FlowMatchLCMScheduler", _flow, _plain),

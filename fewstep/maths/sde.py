@@ -152,16 +152,28 @@ ODE_BELOW = 0.01  # t under which a Langevin sampler only follows the velocity
 
 
 def langevin_step(
-    x: Tensor, x0: Tensor, t: Tensor | float, t_next: Tensor | float, noise: Tensor, variance: float = 1.0
+    x: Tensor,
+    x0: Tensor,
+    t: Tensor | float,
+    t_next: Tensor | float,
+    noise: Tensor,
+    variance: float = 1.0,
+    renewal: float | None = None,
 ) -> Tensor:
     """A step of dx = [-v + g score] dt' + sqrt(2 g gamma) dW with t' = 1 - t and g = 1 / (1.01 - t) (arXiv 2503.00710).
 
     v = (x - x0) / t, score = -(x + (1 - t) v) / t. variance is gamma: at 1 the marginals are those of the flow, below it
     samples are colder. Where t < .01 it is the Euler step along v.
+
+    renewal: g is at most renewal t^2 / (t - t_next), which leaves the marginals alone (they are the same for every g) and
+    keeps |1 - g dt / t^2| below 1, so that the directions in which data has no freedom do not blow up in large steps: from
+    462 steps on a grid of two decades they do not in any case.
     """
     t, t_next = expand(t, x), expand(t_next, x)
     width, v = t - t_next, (x - x0) / t
     gain = 1 / (1 - t + ODE_BELOW)
+    if renewal is not None:
+        gain = torch.minimum(gain, renewal * t**2 / width)
     score = -(x + (1 - t) * v) / t
     moved = x - width * v
     noisy = moved + width * gain * score + (2 * gain * variance * width).sqrt() * noise

@@ -62,6 +62,7 @@ class Schedule:
     last: of "next": what the last step, which ends at 0, is told, as a share of its t.
     rescale: "energy" gives the guided x0 the norm of the conditional one.
     noise_scale: factor of all noise, the start too, of "renoise" (a standard deviation); of the noise's variance of "sde".
+    renewal: of "sde": the largest share of the noise that a step may replace; None: no limit.
     Raises UserError when a value is out of range or u does not decrease.
     """
 
@@ -75,6 +76,7 @@ class Schedule:
     last: float = 0.0
     rescale: Rescale | None = None
     noise_scale: float = 1.0
+    renewal: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "u", tuple(float(level) for level in self.u))
@@ -121,6 +123,7 @@ def step(
     t_next: Tensor | float,
     noise: Tensor | None = None,
     noise_scale: float = 1.0,
+    renewal: float | None = None,
 ) -> Tensor:
     """One step from t to t_next < t, given the prediction x0 at x; exactly x0 when t_next = 0.
 
@@ -134,7 +137,7 @@ def step(
     if noise is None:
         raise ValueError(f"a {kind} step to t_next > 0 needs noise")
     if kind == "sde":
-        return langevin_step(x, x0, t, t_next, noise, noise_scale)
+        return langevin_step(x, x0, t, t_next, noise, noise_scale, renewal)
     t_next = expand(t_next, x)
     return (1 - t_next) * x0 + noise_scale * t_next * noise
 
@@ -162,7 +165,8 @@ def rollout(
         s = schedule.told(t, t_next)
         said = cond if s is None else cond.with_(s=x.new_full((len(x),), s))
         x0 = guided_x0(denoiser, x, x.new_full((len(x),), t), said, scale, rescale=schedule.rescale)
-        x = step(schedule.kind, x, x0, t, t_next, _renoise(schedule, t_next, start, draw, j), schedule.noise_scale)
+        noise = _renoise(schedule, t_next, start, draw, j)
+        x = step(schedule.kind, x, x0, t, t_next, noise, schedule.noise_scale, schedule.renewal)
     return x, levels[until]
 
 

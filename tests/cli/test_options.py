@@ -12,7 +12,7 @@ FROZEN = {
     "sample": "model --n -n --seed --out --steps --guidance --labels --prompt --length --format "
     "--noise-scale --cath --trust-remote-code --json",
     "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --length "
-    "--noise-scales --json",
+    "--noise-scales --compared --json",
     "export": "run --to --checkpoint --json",
     "plan": "recipe overrides --json",
     "doctor": "model --json",

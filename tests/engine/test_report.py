@@ -143,6 +143,16 @@ def test_further_pictures_have_their_own_heading(run):
     assert text.count("step 190<") == 2
 
 
+def test_the_last_page_among_the_previews_is_shown_in_a_frame_that_sees_nothing_else(run):
+    (run / "previews").mkdir()
+    for step in (10, 20):
+        (run / "previews" / f"step-{step:06d}.html").write_text(f'<script>show("{step}")</script>')
+    text, page = written(run)
+    (frame,) = page.all("iframe")
+    assert frame["srcdoc"] == '<script>show("20")</script>' and frame["sandbox"] == "allow-scripts"
+    assert not page.all("script") and "Samples of step 20" in text
+
+
 def test_a_run_without_metrics_is_still_readable(run):
     text, page = written(run)
     assert page.open == []

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from fewstep.methods.diffusion.sid import LOSSES, SiD, direction_rows, sid_rows
+from fewstep.methods.diffusion.sid import LOSSES, SiD, direction_terms, sid_terms
 from fewstep.models.oracle import GAUSSIAN
 from tests.oracles.harness import Affine, batch, gaussian_wasserstein2, samples, seat, train
 
@@ -21,7 +21,6 @@ NODES = torch.tensor([-math.sqrt(3), 0.0, math.sqrt(3)], dtype=torch.float64)
 MASS = torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=torch.float64)
 Z, EPS = (g.flatten()[:, None] for g in torch.meshgrid(NODES, NODES, indexing="ij"))
 P = (MASS[:, None] * MASS).flatten()
-ONE = torch.ones((), dtype=torch.float64)
 
 
 def spread(x: float, t: float = T) -> float:
@@ -45,7 +44,7 @@ def expectation(loss, a: float, b: float, alpha: float) -> tuple[float, float, f
     gain, offset = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b))
     x0 = gain * Z + offset
     x = (1 - T) * x0 + T * EPS
-    rows = loss(x0, denoised(x, M, S), denoised(x, b, a), alpha, ONE)
+    rows = loss(x0, denoised(x, M, S), denoised(x, b, a), alpha)[:, 0]
     value = (P * rows).sum()
     da, db = torch.autograd.grad(value, (gain, offset))
     return value.item(), da.item(), db.item()
@@ -56,14 +55,14 @@ def test_both_ways_of_writing_the_loss_are_equal(alpha):
     """(y_r - y_f) [(y_r - x) - alpha d] = (1 - alpha) d^2 + d (y_f - x)."""
     x, real, fake = torch.randn(3, 64, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     d = real - fake
-    other = ((1 - alpha) * d**2 + d * (fake - x)).mean(1)
-    torch.testing.assert_close(sid_rows(x, real, fake, alpha, ONE), other, rtol=1e-12, atol=1e-12)
+    other = (1 - alpha) * d**2 + d * (fake - x)
+    torch.testing.assert_close(sid_terms(x, real, fake, alpha), other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 def test_gradient_of_the_mean_does_not_depend_on_alpha(alpha):
     """At a = s: dL/db = -c_s^2 (m - b)."""
-    _, _, db = expectation(sid_rows, S, 0.1, alpha)
+    _, _, db = expectation(sid_terms, S, 0.1, alpha)
     assert db == pytest.approx(-(c(S) ** 2) * (M - 0.1), rel=1e-10)
 
 
@@ -71,7 +70,7 @@ def test_gradient_of_the_mean_does_not_depend_on_alpha(alpha):
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 def test_gradient_of_the_width(alpha, a):
     """At b = m: dL/da = 2 a (1-t) D [(1-alpha) (1-t) D - c_a] with (1-t) D = c_a - c_s."""
-    _, da, _ = expectation(sid_rows, a, M, alpha)
+    _, da, _ = expectation(sid_terms, a, M, alpha)
     gap = c(a) - c(S)
     assert da == pytest.approx(2 * a * gap * ((1 - alpha) * gap - c(a)), rel=1e-9)
 
@@ -79,15 +78,15 @@ def test_gradient_of_the_width(alpha, a):
 def test_alpha_above_one_pushes_the_wrong_way_beyond_a_ratio_of_six():
     """For alpha = 1.2 the sign flips where A(a) / A(s) = alpha / (alpha - 1) = 6; for alpha = 1 it never does."""
     wide = {ratio: math.sqrt((ratio * spread(S) - T**2) / (1 - T) ** 2) for ratio in (5.9, 6.1)}
-    assert expectation(sid_rows, wide[5.9], M, 1.2)[1] > 0  # too wide, so a gradient step narrows
-    assert expectation(sid_rows, wide[6.1], M, 1.2)[1] < 0
-    assert expectation(sid_rows, wide[6.1], M, 1.0)[1] > 0
+    assert expectation(sid_terms, wide[5.9], M, 1.2)[1] > 0  # too wide, so a gradient step narrows
+    assert expectation(sid_terms, wide[6.1], M, 1.2)[1] < 0
+    assert expectation(sid_terms, wide[6.1], M, 1.0)[1] > 0
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
 def test_value_at_the_exact_fake_model_is_no_measure_of_progress(alpha):
     """E L = (1 - alpha) E|d|^2: zero at alpha 1, negative at 1.2, whatever the distance to the teacher."""
-    value, _, _ = expectation(sid_rows, 0.5, 0.1, alpha)
+    value, _, _ = expectation(sid_terms, 0.5, 0.1, alpha)
     x0 = 0.5 * Z + 0.1
     x = (1 - T) * x0 + T * EPS
     gap = ((P[:, None] * (denoised(x, M, S) - denoised(x, 0.1, 0.5)) ** 2).sum()).item()
@@ -97,7 +96,7 @@ def test_value_at_the_exact_fake_model_is_no_measure_of_progress(alpha):
 
 def test_diff_instruct_is_the_direction_alone():
     """dL/db = -E d and dL/da = -E d z: no term passes through a network."""
-    _, da, db = expectation(direction_rows, 0.5, 0.1, 1.0)
+    _, da, db = expectation(direction_terms, 0.5, 0.1, 1.0)
     x = (1 - T) * (0.5 * Z + 0.1) + T * EPS
     d = denoised(x, M, S) - denoised(x, 0.1, 0.5)
     assert db == pytest.approx(-(P[:, None] * d).sum().item(), rel=1e-12)

@@ -117,12 +117,14 @@ def test_the_few_step_sampler_is_the_rollout_of_training(steps, noise_scale):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("renewal", (None, 0.5))
 @pytest.mark.parametrize("noise_scale", (1.0, 0.45))
-def test_the_teachers_sampler_is_the_rollout_of_training(noise_scale):
-    scheduler, denoiser = FlowMatchProteinSDEScheduler(noise_scale=noise_scale), Chain(0.5)
+def test_the_teachers_sampler_is_the_rollout_of_training(noise_scale, renewal):
+    config = {"noise_scale": noise_scale, "renewal": renewal}
+    scheduler, denoiser = FlowMatchProteinSDEScheduler(**config), Chain(0.5)
     ours = _run(scheduler, 50, denoiser, Wide(0, 0, range(3)), (7, 3))
     u = tuple(denoiser.path.clock(t) for t in scheduler._levels[:-1])
-    theirs = sample(denoiser, Schedule("sde", u, noise_scale=noise_scale), Cond(), Wide(0, 0, range(3)), (7, 3))
+    theirs = sample(denoiser, Schedule("sde", u, **config), Cond(), Wide(0, 0, range(3)), (7, 3))
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
 
 

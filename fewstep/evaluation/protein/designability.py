@@ -64,7 +64,9 @@ def self_consistency(x: Coords, design: Design, fold: Fold, sequences: int = 8, 
         return Designed(float("inf"), "")
     found = list(design(x, sequences, temperature))
     if len(found) != sequences:
-        raise UserError(f"the design function gave {len(found)} sequences, not {sequences}: let it draw as many as asked")
+        raise UserError(
+            f"the design function gave {len(found)} sequences, not {sequences}: let it draw as many as asked"
+        )
     return min((Designed(_distance(x, fold(sequence)), sequence) for sequence in found), key=lambda d: d.rmsd)
 
 

@@ -62,11 +62,11 @@ def holds_chains(folder: Path) -> bool:
 
 
 def make(model: Any, n: int, lengths: Sequence[int], maker: Maker | None = None, **options: Any) -> Made:
-    """n chains of a model folder or a loaded pipeline; chain i is a function of (seed, i) and has length i of `lengths`,
-    round and round. options: seed, steps, noise_scale, batch (None: the model's own)."""
-    if maker is None:
-        from ...exporting.chains import generate_chains as maker
-    made = maker(model, n, lengths=tuple(lengths), **options)
+    """n chains of a model folder; chain i is a function of (seed, i) and has length i of `lengths`, round and round.
+
+    maker: in place of `exporting.chains.generate_chains`. options: seed, steps, noise_scale, batch (None: the model's own).
+    """
+    made = (maker or _generate)(model, n, lengths=tuple(lengths), **options)
     timesteps = [float(t) for t in made.timesteps]
     facts = {
         "nfe": made.nfe,
@@ -77,6 +77,12 @@ def make(model: Any, n: int, lengths: Sequence[int], maker: Maker | None = None,
         "noise_scale": made.noise_scale,
     }
     return Made([np.asarray(x, float) for x in made.chains], [f"{i:06d}" for i in range(n)], facts)
+
+
+def _generate(*args: Any, **options: Any) -> Any:
+    from ...exporting.chains import generate_chains  # late: diffusers is needed by models alone
+
+    return generate_chains(*args, **options)
 
 
 def read(folder: Path, n: int | None = None) -> Made:

@@ -6,7 +6,7 @@ Real trans peptides have consecutive CA 3.80 +- 0.05 apart; cis ones, which are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,8 @@ class Shape:
 def shape(x: Coords, limits: Limits = LIMITS) -> Shape:
     """All numbers of a chain of at least 4 residues; NaN coordinates make it invalid."""
     if len(x) < 4 or not np.isfinite(x).all():
-        return Shape(len(x), *[float("nan")] * 11, valid=False)
+        unknown = {field.name: float("nan") for field in fields(Shape) if field.name not in ("n", "valid")}
+        return Shape(n=len(x), **unknown, valid=False)
     bonds, skips = distances(x, 1), distances(x, 2)
     near = np.abs(bonds - BOND)
     contacts, order = contact_numbers(x)

@@ -28,7 +28,9 @@ def view(chains: Sequence[Coords], names: Sequence[str]) -> str:
 
 def write_page(file: Path, made: Made, scores: Sequence[Score], reference: Sequence[Coords] | None = None) -> Path:
     """Writes scores, the plane of CA angles (the reference as contours) and at most 24 of the chains."""
-    shown = spread(list(zip(made.chains, (f"{n} · {len(x)} residues" for n, x in zip(made.names, made.chains)))), MOST_SHOWN)
+    shown = spread(
+        list(zip(made.chains, (f"{n} · {len(x)} residues" for n, x in zip(made.names, made.chains)))), MOST_SHOWN
+    )
     caption = "contours: half and nine tenths of the reference" if reference is not None else "all chains"
     pictures = [(caption, data_uri(angle_plane(made.chains, reference)))]
     numbers = [(s.protocol.metric.replace("_", " "), _word(s.value)) for s in scores]

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ...data.chains import shipped
-from ...methods.base import Method
+from ...methods.base import DiffusionMethod
 from .geometry import Coords
 from .page import view
 from .pictures import angle_plane, traces
@@ -19,14 +19,17 @@ COLUMNS = 4
 KNOWN = 300  # real chains whose angles are the contours
 
 
-def draw_chains(method: Method, samples: Tensor, folder: Path, step: int) -> None:
-    """Writes step-N.png (traces), ca-angles/step-N.png and step-N.html (chains to turn) of samples [rows, residues, 3] nm."""
+def draw_chains(method: DiffusionMethod, samples: Tensor, folder: Path, step: int) -> None:
+    """Writes step-N.png (traces), angles-and-dihedrals/step-N.png and step-N.html (chains to turn) of samples.
+
+    samples: [rows, residues, 3] in nanometres.
+    """
     chains = unpadded(samples, method.preview_cond(len(samples))["mask"])
     name = f"step-{step:06d}"
-    (folder / "ca-angles").mkdir(parents=True, exist_ok=True)
+    (folder / "angles-and-dihedrals").mkdir(parents=True, exist_ok=True)
     traces(chains, COLUMNS).save(folder / f"{name}.png")
     real = [c.x.astype(float) for c in spread(shipped(), KNOWN)]
-    angle_plane(chains, real).save(folder / "ca-angles" / f"{name}.png")
+    angle_plane(chains, real).save(folder / "angles-and-dihedrals" / f"{name}.png")
     (folder / f"{name}.html").write_text(view(chains, [f"{len(x)} residues" for x in chains]), encoding="utf-8")
 
 

@@ -10,9 +10,17 @@ import numpy as np
 from ...errors import UserError
 from .geometry import Coords
 
+WIDEST_BOND = 5.0  # Angstrom a residue
+
 
 def secondary_structure(x: Coords) -> str:
-    """A letter a residue for a chain [residues, 3] in Angstrom: h helix, s strand, c neither."""
+    """A letter a residue for a chain [residues, 3] in Angstrom: h helix, s strand, c neither.
+
+    All are c where the chain reaches wider than bonds allow: a diverged model's samples, of which biotite's grid of cells
+    would fill the memory.
+    """
+    if len(x) and np.ptp(x, axis=0).max() > WIDEST_BOND * len(x):
+        return "c" * len(x)
     with np.errstate(divide="ignore", invalid="ignore"):  # atoms of one place have no angle between them
         letters = _structure().annotate_sse(backbone(x))
     return "".join({"a": "h", "b": "s"}.get(letter, "c") for letter in letters)

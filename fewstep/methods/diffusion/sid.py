@@ -23,7 +23,7 @@ from torch import Tensor
 from ...data.batch import Cond
 from ...errors import UserError
 from ...maths.guidance import guided, guided_x0
-from ...maths.losses import discriminator_rows, generator_rows, l1_rows, mse_rows, rows_mean
+from ...maths.losses import discriminator_rows, generator_rows
 from ...maths.paths import FlowPath, Path, add_noise
 from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule, rollout
@@ -88,21 +88,21 @@ class SiDConfig(MethodConfig):
         return (self.steps,) if isinstance(self.steps, int) else self.steps
 
 
-def sid_rows(x: Tensor, real: Tensor, fake: Tensor, alpha: float, weight: Tensor) -> Tensor:
-    """mean d [(y_r - x) - alpha d] / W a row, with d = y_r - y_f; equal to mean [(1 - alpha) d^2 + d (y_f - x)] / W."""
+def sid_terms(x: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
+    """d [(y_r - x) - alpha d] an element, with d = y_r - y_f; equal to (1 - alpha) d^2 + d (y_f - x)."""
     d = real - fake
-    return rows_mean(d * ((real - x) - alpha * d)) / weight
+    return d * ((real - x) - alpha * d)
 
 
-def direction_rows(x: Tensor, real: Tensor, fake: Tensor, _alpha: float, weight: Tensor) -> Tensor:
-    """-mean sg[d] x / W: the gradient of Diff-Instruct (arXiv 2305.18455) and DMD, blind to both networks' slopes."""
-    return -rows_mean((real - fake).detach() * x) / weight
+def direction_terms(x: Tensor, real: Tensor, fake: Tensor, _alpha: float) -> Tensor:
+    """-sg[d] x an element: the gradient of Diff-Instruct (arXiv 2305.18455) and DMD, blind to both networks' slopes."""
+    return -(real - fake).detach() * x
 
 
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    "sid": sid_rows,
-    "diff_instruct": direction_rows,
-    "dmd_norm": direction_rows,
+    "sid": sid_terms,
+    "diff_instruct": direction_terms,
+    "dmd_norm": direction_terms,
 }
 
 
@@ -188,7 +188,7 @@ class SiD(DiffusionMethod):
             return self.fake_score.denoising_loss(x0, eps, t, cond)
         x = add_noise(x0, eps, t)
         output = guided(self.fake_score, x, t, cond, self.config.fake_train_guidance, what="output")
-        return mse_rows(output, self.fake_score.path.target(x0, eps, t))
+        return self.mean_rows((output - self.fake_score.path.target(x0, eps, t)) ** 2, cond)
 
     def dropped(self, cond: Cond, draw: Draw) -> Cond:
         """`cond` with a share of the rows made unconditional, so that the fake model can be guided."""
@@ -203,16 +203,17 @@ class SiD(DiffusionMethod):
         with torch.set_grad_enabled(self.config.loss == "sid"):
             real = guided_x0(self.teacher, x, t, cond, self.config.guidance_scale)
             fake = guided_x0(self.fake_score, x, t, cond, self.config.fake_guidance)
-        weight = self.normaliser(x0, real, t)
-        losses = {"sid": self.scaled(LOSSES[self.config.loss](x0, real, fake, self.config.alpha, weight), cond)}
+        weight = self.normaliser(x0, real, t, cond)
+        terms = LOSSES[self.config.loss](x0, real, fake, self.config.alpha)
+        losses = {"sid": self.mean_rows(terms, cond) / weight}
         if self.config.adversarial:
             losses["gan"] = generator_rows(self.logits(x, t, cond)) / weight
-        metrics = {"x0_std": x0.detach().flatten(1).std(1, correction=0), "gap": mse_rows(real, fake).detach()}
+        metrics = {"x0_std": x0.detach().flatten(1).std(1, correction=0), "gap": self.mean_rows((real - fake) ** 2, cond).detach()}
         return Update("student", losses, metrics=metrics)
 
-    def scaled(self, loss: Tensor, cond: Cond) -> Tensor:
-        """L_G [rows] times whatever a row's size asks for: nothing, where all rows are of one size."""
-        return loss
+    def mean_rows(self, terms: Tensor, cond: Cond) -> Tensor:
+        """Mean [rows] over what belongs to a sample, which padding does not."""
+        return self.student.family.mean_rows(terms, cond)
 
     def level(self, draw: Draw) -> Tensor:
         """Flow times [rows] at which the two models are compared; log-uniform: t = 10^(-2 u), so as many as decades."""
@@ -222,10 +223,10 @@ class SiD(DiffusionMethod):
         t = torch.pow(10.0, -DECADES * draw.uniform("u"))
         return t.clamp(max(low, path.t_min), min(high, path.t_max))
 
-    def normaliser(self, x0: Tensor, real: Tensor, t: Tensor) -> Tensor:
+    def normaliser(self, x0: Tensor, real: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """W [rows], detached: how far the teacher's prediction is from x_g; or t^2 / (1 - t)^2, the inverse SNR; or 1."""
         if self.config.weight == "mean" or self.config.loss == "dmd_norm":
-            return l1_rows(x0, real).detach().clamp_min(FLOOR)
+            return self.mean_rows((x0 - real).abs(), cond).detach().clamp_min(FLOOR)
         return (t / (1 - t)) ** 2 if self.config.weight == "snr" else torch.ones_like(t)
 
     def logits(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

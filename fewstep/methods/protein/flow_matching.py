@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ...data.batch import Cond
 from ...maths.paths import add_noise
 from ...maths.scalars import Scalar
-from ...maths.solvers import Schedule, sample
+from ...maths.solvers import Schedule
 from ...nets.distogram import Distogram, distogram_rows
 from ...nets.watching import watched
 from ...roles import Handle, Role
@@ -45,6 +44,9 @@ class ProteinFlowMatchingConfig(MethodConfig):
     distogram_below: float = Field(default=0.7, gt=0, le=1, description="noise level t under which distances are told")
     steps: int = Field(default=400, gt=0, description="of the sampler")
     noise_scale: float = Field(default=0.45, ge=0, description="of the sampler: factor of the noise's variance")
+    renewal: float | None = Field(
+        default=None, ge=0, le=1, description="of the sampler: largest share of the noise replaced in a step"
+    )
 
 
 class ProteinFlowMatching(DiffusionMethod):
@@ -102,16 +104,7 @@ class ProteinFlowMatching(DiffusionMethod):
         n = self.config.steps
         levels = [(10 ** (-2 * k / n) - 0.01) / 0.99 for k in range(n)]
         u = tuple(self.student.path.clock(t) for t in levels)
-        return Schedule("sde", u, noise_scale=self.config.noise_scale)
-
-    def samples(self, rows: int, seed: int) -> Tensor:
-        """Chains [rows, residues, 3] in nanometres for the first conditions of the source `train`."""
-        from ...draws import Draw
-
-        cond = self.preview_cond(rows).to(self.student.device)
-        draw = Draw.for_images(seed, np.arange(rows), device=self.student.device)
-        with self.student.averaged():
-            return sample(self.student, self.schedule(), cond, draw, self.student.shape(cond))
+        return Schedule("sde", u, noise_scale=self.config.noise_scale, renewal=self.config.renewal)
 
 
 def _head(handles: Mapping[str, Handle]) -> nn.Module:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from ...data.batch import Cond
 from ...maths.log_path import PER_DECADE, LogFlowPath
 from ...maths.scalars import Scalar
-from ...maths.solvers import Schedule, sample
+from ...maths.solvers import Schedule
 from ...roles import Role
 from ..base import Paper
 from ..diffusion.sid import SiD, SiDConfig
@@ -45,10 +44,8 @@ class SiDProteinConfig(SiDConfig):
         description="clock of the first level, whose input has no signal",
     )
     noise: Literal["log_uniform", "uniform"] = "log_uniform"
-    weight: Literal["mean", "snr", "none"] = "mean"
-    per_residue: bool = Field(
-        default=False,
-        description="divide L_G by the number of residues, as the released code does: short chains weigh more",
+    weight: Literal["mean", "sum_over_n", "snr", "none"] = Field(  # type: ignore[assignment]
+        default="mean", description="what W is; sum_over_n: the released code's, n times `mean`, without its floor"
     )
     time_power: float = Field(default=1.9, gt=0, description="a of Beta(a, 1), the fake model's law of 1 - t")
     uniform_share: float = Field(default=0.02, ge=0, le=1, description="of its rows whose t is uniform instead")
@@ -80,20 +77,13 @@ class SiDProtein(SiD):
         tau = torch.where(draw.choice("flat", self.config.uniform_share), u, u ** (1 / self.config.time_power))
         return (1 - tau).clamp(*self.config.levels)
 
-    def scaled(self, loss: Tensor, cond: Cond) -> Tensor:
-        """L_G, or with `per_residue` L_G / n."""
-        return loss / cond["mask"].sum(1) if self.config.per_residue else loss
+    def normaliser(self, x0: Tensor, real: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """As of `SiD`; `sum_over_n` makes a chain of n residues count 1 / n."""
+        if self.config.weight != "sum_over_n":
+            return super().normaliser(x0, real, t, cond)
+        return cond["mask"].sum(1) * self.mean_rows((x0 - real).abs(), cond).detach()
 
     def schedule(self) -> Schedule:
         """As the exported folder is sampled: the longest trained grid, with less noise."""
         grid = self.schedule_for(max(self.config.sizes))
         return Schedule("renoise", grid.u, noise_scale=self.config.noise_scale)
-
-    def samples(self, rows: int, seed: int) -> Tensor:
-        """Chains [rows, residues, 3] in nanometres for the first lengths of the source `train`."""
-        from ...draws import Draw
-
-        cond = self.preview_cond(rows).to(self.student.device)
-        draw = Draw.for_images(seed, np.arange(rows), device=self.student.device)
-        with self.student.averaged():
-            return sample(self.student, self.schedule(), cond, draw, self.student.shape(cond))

@@ -48,4 +48,6 @@ def test_numbers_that_are_missing_are_left_out():
     hurt = np.concatenate([A, [np.nan]])
     assert wasserstein(hurt, B) == wasserstein(A, B)
     assert energy_distance(hurt[:, None], B[:, None]) == energy_distance(A[:, None], B[:, None])
-    assert np.isnan(wasserstein(np.full(3, np.nan), B)) and np.isnan(energy_distance(np.full((3, 1), np.nan), B[:, None]))
+    assert np.isnan(wasserstein(np.full(3, np.nan), B)) and np.isnan(
+        energy_distance(np.full((3, 1), np.nan), B[:, None])
+    )

@@ -90,7 +90,8 @@ def test_a_model_is_sampled_scored_and_written(model, tmp_path):
     assert [line["valid"] for line in lines] == [False] * 2 + [True] * 8
     assert {line["seed"] for line in lines} == {3} and {line["noise_scale"] for line in lines} == {0.2}
     assert len({line["sha256"] for line in lines}) == 10
-    assert "<canvas" not in (out / "chains.html").read_text() and "10 chains of" in (out / "chains.html").read_text()
+    page = (out / "chains.html").read_text()
+    assert "<h1>10 chains of" in page and "bond error" in page and page.count("data:image/png;base64,") == 1
     assert [s.value for s in read_scores(out / "metrics.json")] == list(found["values"].values())
 
 
@@ -143,10 +144,11 @@ def test_what_holds_chains(model, structures, tmp_path):
     assert not holds_chains(model) and not holds_chains(tmp_path / "images")
 
 
-def test_shipped_chains_are_a_reference():
+def test_shipped_chains_are_a_reference(monkeypatch):
     assert load_reference(None) is None
+    monkeypatch.setattr("fewstep.evaluation.protein.files.shipped", lambda: shipped()[:20])
     found = load_reference("chains")
-    assert len(found.chains) == 3000 and found.name.startswith("chains n=3000 sha256=")
+    assert len(found.chains) == 20 and found.name.startswith("chains n=20 sha256=")
     with pytest.raises(UserError, match="no reference 'nothing'"):
         load_reference("nothing")
 
@@ -175,6 +177,26 @@ def test_the_command_sweeps_a_model(model, capsys, monkeypatch):
     assert [row["valid"] for row in found["rows"]] == [0, 0.5, 1]
 
 
+def test_the_command_samples_a_folder_through_its_pipeline(tmp_path, capsys):
+    """A tiny random network: nothing it makes is valid, equal seeds make equal chains, and nobody waits for a valid one."""
+    from fewstep_pipelines import FewStepProteinPipeline, FlowMatchProteinScheduler
+
+    from fewstep.models.protein_flow import PROTEIN_FLOW
+
+    sizes = {"width": 32, "num_layers": 1, "num_heads": 2, "pair_width": 8, "cond_width": 16}
+    network = PROTEIN_FLOW.build(size="tiny", **sizes).module
+    FewStepProteinPipeline(network, FlowMatchProteinScheduler(), default_steps=2).save_pretrained(tmp_path / "model")
+    words = ["evaluate", str(tmp_path / "model"), "--n", "4", "--length", "20,24", "--json", "--out"]
+    made = []
+    for name in "ab":
+        assert main([*words, str(tmp_path / name)]) == 0
+        made.append(json.loads(capsys.readouterr().out))
+    assert made[0]["values"] == made[1]["values"]
+    assert (made[0]["nfe"], made[0]["lengths"], made[0]["values"]["valid"]) == (2, "20-24", 0)
+    assert made[0]["effective_seconds"] is None
+    assert [len(x) for x in read(tmp_path / "a").chains] == [20, 24, 20, 24]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -201,7 +223,7 @@ def test_a_file_that_is_no_structure_is_named(structures, capsys):
 
 def test_options_of_chains_are_refused_for_images(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    for words in (["--length", "100"], ["--noise-scales", "1"], ["--metrics", "protein"]):
+    for words in (["--length", "100"], ["--noise-scales", "1"], ["--compared", "9"], ["--metrics", "protein"]):
         assert main(["evaluate", str(tmp_path), *words]) == 2
         assert f"{words[0]}" in capsys.readouterr().err
 

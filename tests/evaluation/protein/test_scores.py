@@ -58,7 +58,7 @@ def test_mirror_images_differ_in_handedness_and_in_what_dihedrals_tell():
 
 
 def test_a_chain_that_is_wound_the_other_way_in_part_is_invalid():
-    x = np.concatenate([helix(20), mirrored(helix(9)) + [0, 0, 1.5 * 29]])
+    x = np.concatenate([helix(20), mirrored(helix(9)) + np.array([0, 0, 1.5 * 29])])
     found = described(x).shape
     assert 0 < found.left_handed < 0.5 and not found.valid
 
@@ -107,7 +107,9 @@ def test_compared_chains_are_spread_over_the_set():
     assert spread([1, 2], 4) == [1, 2] and spread([], 4) == []
 
 
-@pytest.mark.parametrize("x, helices, strands", [(helix(), 28 / 30, 0), (strand(), 0, 27 / 30)], ids=["helix", "strand"])
+@pytest.mark.parametrize(
+    "x, helices, strands", [(helix(), 28 / 30, 0), (strand(), 0, 27 / 30)], ids=["helix", "strand"]
+)
 def test_ideal_helix_and_strand_are_counted(x, helices, strands):
     found = described(x)
     assert (found.helix, found.strand) == pytest.approx((helices, strands))

@@ -36,6 +36,13 @@ def test_real_chains_have_helices_and_strands():
     assert 0.25 < helices < 0.45 and 0.15 < strands < 0.35
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3, 1e6, 1e30])
+def test_samples_of_a_diverged_model_cost_no_memory(size):
+    """Coordinates all over the place would make a grid of cells of any size; collapsed ones have no angles."""
+    assert set(secondary_structure(size * np.random.default_rng(0).normal(size=(48, 3)))) <= {"c", "h", "s"}
+    assert secondary_structure(np.zeros((48, 3))) == "c" * 48
+
+
 def test_shares():
     assert shares("hhsc") == (0.5, 0.25)
 
