@@ -76,6 +76,8 @@ class GuardSpec(BaseModel):
 
     grad_norm: of any role, before clipping.  std_drift: |log(std / std at the first preview)| of generated samples.
     diversity: smallest ratio of pairwise distance to that of the first preview.  saturated: largest share of |x| > 1.
+    nan: "skip" leaves out steps whose gradient is not finite, counts them as `skipped.ROLE`, and takes losses that are not
+    finite for a breach, where "stop" ends the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +85,7 @@ class GuardSpec(BaseModel):
     std_drift: float | None = 1.5
     diversity: float | None = 0.05
     saturated: float | None = 0.9
+    nan: Literal["stop", "skip"] = "stop"
     patience: int = Field(default=3, gt=0)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
@@ -33,7 +33,10 @@ Tune = Literal["full", "lora", "frozen"]
 
 
 class OptimizerSpec(BaseModel):
-    """One optimiser a trainable role. `lr` may be a schedule; `warmup` and `decay` shape it over the stage."""
+    """One optimiser a trainable role. `lr` may be a schedule; `warmup` and `decay` shape it over the stage.
+
+    `cosine_restarts` falls to `lr_floor` in `restart_every` steps, then anew in twice as many, and so on.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -43,7 +46,9 @@ class OptimizerSpec(BaseModel):
     momentum: float = 0.9
     weight_decay: float = 0.0
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "cosine_restarts"] = "constant"
+    restart_every: int = Field(default=1000, gt=0, description="steps of the first fall of cosine_restarts")
+    lr_floor: float = Field(default=0.0, ge=0, description="where cosine_restarts falls to")
     clip: float | None = Field(default=1.0, description="largest gradient norm of this role; null = off")
 
 
@@ -69,7 +74,20 @@ class RoleSpec(BaseModel):
     optimizer: OptimizerSpec = OptimizerSpec()
     ema: float | None = Field(default=None, ge=0, lt=1, description="decay of the averaged copy; null = none")
     ema_warmup: bool = Field(default=False, description="the decay grows from 0 to `ema`: d += (1 - d) (ema - d) / 2")
+    ema_half_life: float | None = Field(default=None, gt=0, description="in samples, instead of `ema`")
+    ema_rampup: float | None = Field(default=0.05, gt=0, description="half-life at most so many times the samples seen")
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_average(self) -> RoleSpec:
+        if self.ema is not None and self.ema_half_life is not None:
+            raise ValueError("ema and ema_half_life both say how weights are averaged: write ema: null with the second")
+        return self
+
+    @property
+    def averages(self) -> bool:
+        """Whether the role keeps an averaged copy."""
+        return self.ema is not None or self.ema_half_life is not None
 
 
 @dataclass(frozen=True)
@@ -115,11 +133,12 @@ class Handle:
         self.family, self.path, self.origin, self.around = family, path, origin, around
         self.autocast: torch.dtype | None = None  # set by the trainer from train.precision
         self.forget: Callable[[], None] = lambda: None  # clears the optimiser's state, once there is one
+        self.rewind: Callable[[], None] = lambda: None  # starts the learning rate's schedule again
         owner = adapter if adapter is not None else module
         self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
         self.ema: dict[str, nn.Parameter] | None = None
         self.ema_decay = 0.0 if spec.ema_warmup else spec.ema or 0.0
-        if spec.ema is not None and tune != "frozen":
+        if spec.averages and tune != "frozen":
             self.ema = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trainable().items()}
 
     @property
@@ -230,12 +249,13 @@ class Handle:
 
     @torch.no_grad()
     def restart(self, base: Handle) -> None:
-        """Back to the weights of `base`, which this role started from, with an optimiser that remembers nothing."""
+        """Back to the weights of `base`, which this role started from, its optimiser forgets all and is at its first rate."""
         if self.adapter is not None:
             self.adapter.clear()
         else:
             self.module.load_state_dict(base.module.state_dict())
         self.forget()
+        self.rewind()
 
     def fingerprint(self) -> str:
         """sha256 over the base weights' names, shapes and bytes; tells whether a folder still holds the same teacher."""

@@ -29,8 +29,11 @@ class Guards:
     def check(self, step: int, numbers: Mapping[str, float]) -> str | None:
         """Looks at logged numbers; returns the reason to stop, or None."""
         for name, value in numbers.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) and self.spec.nan == "stop":
                 return f"{name} is {value} at step {step}"
+            reason = self._judge(f"finite {name}", not math.isfinite(value), f"{name} is {value} at step {step}")
+            if reason:
+                return reason
             if name.startswith("grad_norm.") and self.spec.grad_norm is not None:
                 reason = self._judge(
                     name,

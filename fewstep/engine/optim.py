@@ -9,43 +9,80 @@ import torch
 from torch import Tensor
 
 from ..maths.scalars import value
-from ..roles import Handle, OptimizerSpec
+from ..roles import Handle, OptimizerSpec, RoleSpec
+
+BEGUN = "schedule/begun"  # among the optimiser's state: no parameter is called so, since names of layers have dots
 
 
-def learning_rate(spec: OptimizerSpec, step: int, steps: int) -> float:
-    """Rate of update `step` (0-based) of `steps`: linear warm-up, then constant, linear or cosine decay to 0."""
+def learning_rate(spec: OptimizerSpec, step: int, steps: int, begun: int = 0) -> float:
+    """Rate of update `step` (0-based) of `steps`: linear warm-up, then constant, linear or cosine decay to 0.
+
+    With restarts the k-th fall, from rate to floor, takes 2^k restart_every steps, counted from step `begun`.
+    """
+    if spec.decay == "cosine_restarts":
+        step -= begun
     rate = value(spec.lr, step) * min(1.0, (step + 1) / spec.warmup if spec.warmup else 1.0)
     progress = min(step / max(steps, 1), 1.0)
     if spec.decay == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if spec.decay == "cosine_restarts":
+        fall = int(math.log2(step / spec.restart_every + 1) + 1e-9)
+        progress = step / (spec.restart_every * 2**fall) - (1 - 2.0**-fall)
+        return spec.lr_floor + max(rate - spec.lr_floor, 0) * 0.5 * (1 + math.cos(math.pi * progress))
     return rate * (1 - progress) if spec.decay == "linear" else rate
 
 
-class RoleOptimizer:
-    """Steps one role. `factor` multiplies the learning rate, `steps` is the stage's length."""
+def ema_decay(spec: RoleSpec, step: int, rows: int) -> float | None:
+    """Decay of the average at update `step` (0-based) of `rows` samples, when the recipe gives a half-life; else None.
 
-    def __init__(self, handle: Handle, steps: int, factor: float = 1.0):
-        self.handle, self.steps, self.factor = handle, steps, factor
+    .5^(rows / H) with H = min(half-life, rampup x samples seen), so that a young average forgets faster (as in EDM).
+    """
+    if spec.ema_half_life is None:
+        return None
+    half_life = min(spec.ema_half_life, (spec.ema_rampup or math.inf) * (step + 1) * rows)
+    return 0.5 ** (rows / half_life)
+
+
+class RoleOptimizer:
+    """Steps one role. `factor` multiplies the learning rate, `steps` is the stage's length, `rows` a step's samples.
+
+    skip_nan: a step whose gradient is not finite is left out, which costs a look at its norm in every step.
+    """
+
+    def __init__(self, handle: Handle, steps: int, factor: float = 1.0, rows: int = 1, skip_nan: bool = False):
+        self.handle, self.steps, self.factor, self.rows, self.skip_nan = handle, steps, factor, rows, skip_nan
+        self.begun, self.done = 0, 0  # where the learning rate's schedule began; steps up to now
         self.parameters = handle.trainable()
         self.optimizer = _make(handle.spec.optimizer, list(self.parameters.values()))
-        handle.forget = self.optimizer.state.clear
+        handle.forget, handle.rewind = self.optimizer.state.clear, self._rewind
+
+    def _rewind(self) -> None:
+        self.begun = self.done
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Clips, steps, averages; returns the gradient norm before clipping."""
-        spec = self.handle.spec.optimizer
+        """Clips, steps, averages; returns the gradient norm before clipping, or that the step was left out."""
+        spec, self.done = self.handle.spec.optimizer, step + 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.factor * learning_rate(spec, step, self.steps)
+            group["lr"] = self.factor * learning_rate(spec, step, self.steps, self.begun)
         limit = spec.clip if spec.clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        numbers = {f"grad_norm.{self.handle.name}": norm.detach()}
+        if self.skip_nan:
+            skipped = f"skipped.{self.handle.name}"
+            if not norm.isfinite():
+                self.optimizer.zero_grad(set_to_none=True)
+                return {**dict.fromkeys(numbers, torch.zeros_like(norm)), skipped: torch.ones_like(norm)}
+            numbers[skipped] = torch.zeros_like(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.handle.update_ema()
-        return {f"grad_norm.{self.handle.name}": norm.detach()}
+        self.handle.update_ema(ema_decay(self.handle.spec, step, self.rows))
+        return {name: number.detach() for name, number in numbers.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Optimiser state as `<parameter>/<slot>` tensors."""
         slots = self.optimizer.state
-        return {
+        begun = {BEGUN: torch.tensor(self.begun)} if self.begun else {}
+        return begun | {
             f"{name}/{slot}": torch.as_tensor(v)
             for name, p in self.parameters.items()
             for slot, v in slots.get(p, {}).items()
@@ -54,6 +91,8 @@ class RoleOptimizer:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
+        state = dict(state)
+        self.begun = int(state.pop(BEGUN, 0))
         for key, tensor in state.items():
             name, slot = key.rsplit("/", 1)
             p = self.parameters[name]

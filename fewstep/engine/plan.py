@@ -148,7 +148,7 @@ def _role(handle: Handle, shares: str | None) -> RolePlan:
     )
     trained = list(handle.trainable().values())
     whole = _bytes([*base, *handle.module.buffers()])
-    averaged = handle.spec.ema is not None
+    averaged = handle.spec.averages
     return RolePlan(
         name=handle.name,
         source=handle.spec.source or handle.role.init or "the method",

@@ -193,7 +193,10 @@ class Trainer:
         self.cut = cut(size.batch, self.recipe, self.method, distributed.world())
         for name, handle in self.handles.items():
             handle.train_here(name in stage.trains)
-        self.optimizers = {name: RoleOptimizer(self.handles[name], size.steps, size.lr) for name in stage.trains}
+        skips = self.recipe.guards.nan == "skip"
+        self.optimizers = {
+            name: RoleOptimizer(self.handles[name], size.steps, size.lr, size.batch, skips) for name in stage.trains
+        }
         self.feeds = Feeds({n: Feed(self.source(n), n, self.recipe.train.seed, size.batch) for n in _names(stage.data)})
         self.method.on(Event("stage_start", stage.name, 0))
         if saved is not None:

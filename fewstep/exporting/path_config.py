@@ -38,7 +38,7 @@ def path_config(path: Path) -> dict[str, Any]:
     """`path` in words that `models.folder.path_from` reads back to an equal path."""
     if isinstance(path, VPPath):
         return {"kind": "vp", **vp_config(path)}
-    return {"kind": "log_flow" if isinstance(path, LogFlowPath) else kind_of(path), **asdict(path)}  # type: ignore[call-overload]
+    return {"kind": "log_flow" if isinstance(path, LogFlowPath) else kind_of(path), **asdict(path)}
 
 
 def vp_config(path: VPPath) -> dict[str, Any]:

@@ -24,8 +24,10 @@ TOLERANCE = 1e-4
 # On DDPM tables the first x0 = (x - sigma eps) / alpha divides by alpha = .068, and a decoder's hundred layers follow, so
 # that sums taken in another order (another device) are seen at 1e-4; a wrong level or guidance at 1e-2.
 DECODED_TOLERANCE = 1e-3
-# Chains are nanometres, and low noise divides by t: other sums were seen at 1e-3, a wrong level is off by .05.
-CHAIN_TOLERANCE = 5e-3
+# Chains are nanometres, and low noise divides by t: other sums were seen at 1e-5. A network that puts distances into bins
+# jumps where one lies on an edge, so single chains were seen at 1e-3; of a wrong level all are off by .05.
+CHAIN_TOLERANCE = 5e-4
+ALIKE = 0.75  # of the chains
 
 
 def reload_check(
@@ -46,7 +48,8 @@ def reload_check(
     by the scheduler; prompts [n] of a text-to-image folder; further: what is expected at other numbers of steps;
     lengths [n] of chains; steps: of `expected`, default the folder's.
     Raises RunFailed when the folder does not load without fewstep, or the difference is 1e-4 or more (1e-3 where a VAE
-    decodes, 5e-3 nm for chains).
+    decodes); for chains the difference is that of the third quartile, over the largest coordinate if it is beyond 1 nm,
+    and has to be less than 5e-4.
     """
     said = card(Path(folder))
     if not said.get("pipeline"):
@@ -61,9 +64,10 @@ def reload_check(
     samples = fresh_samples(Path(folder), said, given, prompts, counts)
     expected = torch.cat([expected, *further.values()]).cpu().float()
     expected = (expected / 2 + 0.5).clamp(0, 1) if lengths is None else expected[:, : samples.shape[1]]
-    difference = (expected - samples).abs().max().item()
-    if lengths is not None:  # in few steps of a teacher meant for hundreds chains may be as large as their rounding
-        difference /= max(1.0, expected.abs().max().item())
+    apart = (expected - samples).abs().flatten(1).amax(1)
+    if lengths is not None:  # in few steps of a teacher meant for hundreds a chain may be a hundred times too large
+        apart = apart.quantile(ALIKE, interpolation="lower") / expected.abs().max().clamp_min(1)
+    difference = apart.max().item()
     pixels = DECODED_TOLERANCE if (Path(folder) / "vae").is_dir() else TOLERANCE
     if not difference < (pixels if lengths is None else CHAIN_TOLERANCE):
         what = f"reloaded in a fresh process, its samples are off by {difference:.1e}"

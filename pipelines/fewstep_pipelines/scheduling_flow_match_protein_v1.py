@@ -35,7 +35,7 @@ class ProteinSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class _ProteinScheduler(SchedulerMixin, ConfigMixin):
+class _ProteinScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What both have: levels, the step's place in them, and noise."""
 
     order = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def _answer(capsys, *words):
 
 
 def _coordinates(file):
-    lines = [line for line in open(file) if line.startswith("ATOM")]
+    lines = [line for line in Path(file).read_text().splitlines() if line.startswith("ATOM")]
     return np.array([[float(line[i : i + 8]) for i in (30, 38, 46)] for line in lines])
 
 

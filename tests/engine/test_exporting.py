@@ -118,7 +118,9 @@ def test_a_checkpoint_of_a_text_run_is_exported_and_checked_with_its_encoders(pl
     assert torch.equal(_images(late), _images(run / "model"))
 
 
-def _here(folder: Path, said: dict[str, Any], given: dict[str, torch.Tensor], prompts: list[str]) -> torch.Tensor:
+def _here(
+    folder: Path, said: dict[str, Any], given: dict[str, torch.Tensor], prompts: list[str], _steps: Any = ()
+) -> torch.Tensor:
     """`fresh_samples` without its process."""
     pipeline = load_pipeline(folder, device="cpu")
     with given_noise(pipeline, lambda i, shape: given.get(f"noise.{i}", torch.zeros(shape))):

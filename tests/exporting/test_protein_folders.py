@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.draws import Draw
-from fewstep.errors import UserError
+from fewstep.errors import RunFailed, UserError
+from fewstep.exporting import reload
 from fewstep.exporting.chains import generate_chains, save_chains
 from fewstep.exporting.doctor import doctor
 from fewstep.exporting.index import foreign_code
@@ -157,6 +158,24 @@ def test_a_fresh_process_makes_the_trained_chains(toy, folder):
     start, *later = [noise(i, (2, 20, 3)) for i in range(4)]
     expected = toy.chains(lengths.tolist())
     assert reload_check(folder, expected, start, renoise=later, lengths=lengths) < 1e-5
+
+
+def test_one_chain_in_four_may_differ_and_no_more(toy, folder, monkeypatch):
+    """A distance on the edge of its bin may fall on either side of it."""
+    lengths = torch.full((8,), 12)
+    expected, start = toy.chains(lengths.tolist()), torch.zeros(8, 12, 3)
+    off = torch.zeros(8, 1, 1)
+
+    def checked():
+        monkeypatch.setattr(reload, "fresh_samples", lambda *_: expected + off)
+        return reload_check(folder, expected, start, lengths=lengths)
+
+    off[:2] = 0.01
+    assert checked() < 1e-6
+    for wrong in (0.01, float("nan")):
+        off[2] = wrong
+        with pytest.raises(RunFailed, match="does not make the trained samples"):
+            checked()
 
 
 FRESH = """

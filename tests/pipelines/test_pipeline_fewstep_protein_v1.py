@@ -7,6 +7,7 @@ import pytest
 import torch
 from fewstep_pipelines import FlowMatchProteinScheduler, FlowMatchProteinSDEScheduler, write_chains
 from fewstep_pipelines.pipeline_fewstep_protein_v1 import cif_text, pdb_text
+
 from tests.pipelines.proteins import protein_pipeline
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # sums in another order

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,7 +146,7 @@ def _spread(steps, std, **config):
     scheduler = FlowMatchProteinSDEScheduler(**config)
     scheduler.set_timesteps(steps)
     levels, variance = list(scheduler._levels), 1.0
-    for level, following in zip(levels, levels[1:]):
+    for level, following in pairwise(levels):
         kept, fresh = _share(scheduler, level, following, std)
         variance = kept**2 * variance + fresh**2
     return math.sqrt(variance) / std
@@ -188,7 +190,7 @@ def test_steps_stop_amplifying_at_462(steps, stable):
     """|1 - dt / t - g dt / t^2| <= 1 at all levels t >= .01, with dt = (t + .0101) (1 - 10^(-2 / N))."""
     scheduler = FlowMatchProteinSDEScheduler()
     scheduler.set_timesteps(steps)
-    pairs = list(zip(scheduler._levels, scheduler._levels[1:]))
+    pairs = list(pairwise(scheduler._levels))
     ratio = 1 - 10 ** (-2 / steps)
     assert all(t - after == pytest.approx((t + 0.01 / 0.99) * ratio, rel=1e-6) for t, after in pairs)
     factors = [_share(scheduler, t, after, 1e-9)[0] for t, after in pairs]
@@ -213,7 +215,7 @@ def test_without_renewal_of_noise_the_teacher_is_the_ode():
         at = torch.tensor([level])
         ours = scheduler.step(-denoiser.velocity(ours, at, None), level, ours).prev_sample
     theirs = x
-    for t, after in zip(scheduler._levels, scheduler._levels[1:]):
+    for t, after in pairwise(scheduler._levels):
         theirs = theirs + (after - t) * denoiser.velocity(theirs, torch.tensor([t]), None)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
@@ -299,7 +301,7 @@ def test_states_keep_their_dtype_and_are_stepped_in_float32_at_least(kind):
 def test_what_is_saved_is_loaded_with_its_code_beside_it(kind, tmp_path):
     scheduler = kind(noise_scale=0.7)
     scheduler.save_pretrained(tmp_path)
-    assert (tmp_path / "scheduling_flow_match_protein_v1.py").read_text() == open(scheduling.__file__).read()
+    assert (tmp_path / "scheduling_flow_match_protein_v1.py").read_text() == Path(scheduling.__file__).read_text()
     again = kind.from_pretrained(tmp_path)
     assert _settings(again) == _settings(scheduler)
     assert again._noise_scale == 0.7

@@ -241,3 +241,4 @@ class SiD(DiffusionMethod):
         before, now = ((event.step - done) * event.rows // self.config.fake_reset for done in (1, 0))
         if now > before:
             self.fake_score.restart(self.teacher)
+            self.student.rewind()

@@ -63,7 +63,7 @@ class SiDProtein(SiD):
 
     def roles(self) -> tuple[Role, ...]:
         """Teacher, and two full copies of it."""
-        student = {"optimizer": {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-6}, "ema": 0.999}
+        student = {"optimizer": {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-6}, "ema_half_life": 500_000}
         fake = {"optimizer": {"lr": 1e-4, "betas": (0.0, 0.999), "eps": 1e-6}}
         return (
             Role("teacher"),
