@@ -25,7 +25,7 @@ TIME_SCALE = 2000.0
 LEVELS = 3  # of a CATH label: class, architecture, topology
 
 
-class ProteinFlowTransformer(ModelMixin, ConfigMixin):
+class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """u(x, tau) for chains of any length, padded to one and masked.
 
     Args:
@@ -42,6 +42,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _gradient_checkpointing_func: Any = None
 
     @register_to_config
     def __init__(
@@ -61,20 +62,18 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         self.gradient_checkpointing = False
         self.sequence = nn.Linear(index_width + 1, width)
-        self.coordinates = None if window else nn.Linear(3, width, bias=False)
-        self.self_coordinates = nn.Linear(3, width, bias=False) if self_conditioning and not window else None
-        self.neighbourhood = Neighbourhood(window, width) if window else None
+        self.coordinates: Any = None if window else nn.Linear(3, width, bias=False)
+        self.self_coordinates: Any = nn.Linear(3, width, bias=False) if self_conditioning and not window else None
+        self.neighbourhood: Any = Neighbourhood(window, width) if window else None
         self.pairs = PairFeatures(pair_width, self_conditioning, turned=bool(window))
         self.folds = nn.ModuleList(nn.Embedding(classes + 1, time_width) for classes in cath_classes)
-        self.condition = nn.Sequential(
+        self.condition: Any = nn.Sequential(
             nn.Linear(time_width * (1 + len(self.folds)), cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width)
         )
         self.register_tokens = nn.Parameter(0.02 * torch.randn(registers, width))
         self.layers = nn.ModuleList(Layer(width, num_heads, pair_width, cond_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.output = Directions(width, pair_width, window) if window else nn.Linear(width, 3, bias=False)
-        if not window:
-            nn.init.zeros_(self.output.weight)
+        self.output: Any = Directions(width, pair_width, window) if window else blank(nn.Linear(width, 3, bias=False))
 
     def forward(
         self,
@@ -106,6 +105,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
         h = torch.cat([extra, h], 1)
         seen = F.pad(mask, (count, 0), value=True)
         # registers stand in no relation to residues: their bias is 0
+        layer: Any
         for layer in self.layers:
             bias = F.pad(layer.bias(pair), (count, 0, count, 0)).masked_fill(~seen[:, None, None], -torch.inf)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -123,7 +123,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _condition(self, tau, cath):
-        features = [waves(TIME_SCALE * tau, self.config.time_width, TIME_SCALE)]
+        features = [waves(TIME_SCALE * tau, self.config["time_width"], TIME_SCALE)]
         for level, embedding in enumerate(self.folds):
             known = tau.new_zeros(len(tau), dtype=torch.long) if cath is None else cath[:, level]
             features.append(embedding(known))
@@ -131,7 +131,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):
 
     def _residues(self, x, x_self, broken):
         index = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=torch.float32)
-        places = waves(index, self.config.index_width, TIME_SCALE).to(x.dtype).expand(len(x), -1, -1)
+        places = waves(index, self.config["index_width"], TIME_SCALE).to(x.dtype).expand(len(x), -1, -1)
         breaks = x.new_zeros(x.shape[:2]) if broken is None else broken.to(x.dtype)
         h = self.sequence(torch.cat([places, breaks[..., None]], 2))
         if self.coordinates is not None:
@@ -204,9 +204,7 @@ class Modulated(nn.Module):
     def __init__(self, width, cond_width):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.condition = nn.Linear(cond_width, 3 * width)
-        nn.init.zeros_(self.condition.weight)
-        nn.init.zeros_(self.condition.bias)
+        self.condition = blank(nn.Linear(cond_width, 3 * width))
         with torch.no_grad():
             self.condition.bias[2 * width :] = 0.1
 
@@ -259,14 +257,11 @@ class Directions(nn.Module):
     def __init__(self, width, pair_width, window):
         super().__init__()
         self.window = window
-        self.near = nn.Linear(width, 2 * window)
-        self.centre = nn.Linear(width, 1)
+        self.near = blank(nn.Linear(width, 2 * window))
+        self.centre = blank(nn.Linear(width, 1))
         self.here, self.there = nn.Linear(width, pair_width), nn.Linear(width, pair_width)
         self.pair = nn.Linear(pair_width, pair_width)
-        self.far = nn.Linear(pair_width, 1)
-        for layer in (self.near, self.centre, self.far):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.far = blank(nn.Linear(pair_width, 1))
 
     def forward(self, h, pair, x, mask):
         """[rows, residues, 3]"""
@@ -278,6 +273,13 @@ class Directions(nn.Module):
         weight = self.far(hidden)[..., 0] * mask[:, None]
         ways = F.normalize(x[:, None] - x[:, :, None], dim=-1, eps=1e-2)
         return near + torch.einsum("bij,bijc->bic", weight, ways) - self.centre(h) * x
+
+
+def blank(layer):
+    """The linear layer, answering 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def windows(x, mask, reach):

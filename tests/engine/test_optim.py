@@ -17,7 +17,9 @@ RESTARTS = OptimizerSpec(lr=1.0, decay="cosine_restarts", restart_every=10, lr_f
 
 def handle(**spec) -> Handle:
     torch.manual_seed(0)
-    return Handle(Role("student", "full"), nn.Linear(3, 2), RoleSpec(optimizer={"lr": 0.1, "clip": None}, **spec), "full")
+    return Handle(
+        Role("student", "full"), nn.Linear(3, 2), RoleSpec(optimizer={"lr": 0.1, "clip": None}, **spec), "full"
+    )
 
 
 def stepped(optimizer: RoleOptimizer, step: int, gradient: float = 1.0) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from ...maths.consistency import doubled, karras_times, lognormal_shares
 from ...maths.guidance import guided
 from ...maths.losses import mse_rows, pseudo_huber_norm_rows
 from ...maths.paths import add_noise
-from ...maths.solvers import Schedule, heun_step
+from ...maths.solvers import Kind, Schedule, heun_step
 from ...roles import Role
 from ..base import Paper, Total, Update
 from .trajectory import Interval, TrajectoryConfig, TrajectoryMethod
@@ -158,6 +158,6 @@ class Consistency(TrajectoryMethod):
 
     # ---- sampling
 
-    def schedule_for(self, steps: int, kind: Literal["ode", "renoise"]) -> Schedule:
+    def schedule_for(self, steps: int, kind: Kind) -> Schedule:
         """The plain grid of `steps` levels, each of which is a level of the training grid."""
         return Schedule(kind, self.path.grid(steps), guidance=self.fed_guidance(), embedded=self.config.embedded)

@@ -13,7 +13,7 @@ diffused to one random level inside the phase; student and heads then take turns
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +25,7 @@ from ...maths.guidance import guided
 from ...maths.losses import discriminator_rows, generator_rows
 from ...maths.paths import expand
 from ...maths.scalars import Scalar
-from ...maths.solvers import Schedule
+from ...maths.solvers import Kind, Schedule
 from ...nets.discriminator import Discriminator
 from ...roles import Handle, Role
 from ..base import Paper, Total, Update
@@ -182,7 +182,7 @@ class PCM(TrajectoryMethod):
         """From edge to edge along the velocity."""
         return self.schedule_for(self.config.phases, "ode")
 
-    def schedule_for(self, steps: int, kind: Literal["ode", "renoise"]) -> Schedule:
+    def schedule_for(self, steps: int, kind: Kind) -> Schedule:
         """`steps` levels; they are the upper edges of the phases."""
         applied = 1.0 if self.config.sample_guidance is None else self.config.sample_guidance
         fed = self.fed_guidance() if self.config.embedded else applied

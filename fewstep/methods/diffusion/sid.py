@@ -112,7 +112,7 @@ class SiD(DiffusionMethod):
     name = "sid"
     paper = Paper("Score identity Distillation", "arXiv:2404.04057")
     proven = "measured"
-    Config = SiDConfig
+    Config: ClassVar[type[SiDConfig]] = SiDConfig
     teacher: Denoiser
     student: Denoiser
     fake_score: Denoiser
@@ -208,7 +208,10 @@ class SiD(DiffusionMethod):
         losses = {"sid": self.mean_rows(terms, cond) / weight}
         if self.config.adversarial:
             losses["gan"] = generator_rows(self.logits(x, t, cond)) / weight
-        metrics = {"x0_std": x0.detach().flatten(1).std(1, correction=0), "gap": self.mean_rows((real - fake) ** 2, cond).detach()}
+        metrics = {
+            "x0_std": x0.detach().flatten(1).std(1, correction=0),
+            "gap": self.mean_rows((real - fake) ** 2, cond).detach(),
+        }
         return Update("student", losses, metrics=metrics)
 
     def mean_rows(self, terms: Tensor, cond: Cond) -> Tensor:

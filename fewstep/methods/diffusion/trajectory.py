@@ -20,7 +20,7 @@ from ...maths.consistency import below, boundary, ode_step, pick, walk
 from ...maths.guidance import guided_x0
 from ...maths.losses import mse_rows, pseudo_huber_rows
 from ...maths.paths import FlowPath, Path, VPPath, add_noise
-from ...maths.solvers import Schedule
+from ...maths.solvers import Kind, Schedule
 from ...roles import Role
 from ..base import DiffusionMethod, MethodConfig
 
@@ -167,7 +167,7 @@ class TrajectoryMethod(DiffusionMethod):
         """Denoise and noise again, at `max(steps)` levels of the grid."""
         return self.schedule_for(max(self.config.steps), "renoise")
 
-    def schedule_for(self, steps: int, kind: Literal["ode", "renoise"]) -> Schedule:
+    def schedule_for(self, steps: int, kind: Kind) -> Schedule:
         """`steps` levels of the grid. UserError when the exported flow scheduler would visit levels not trained."""
         if isinstance(self.path, FlowPath) and self.levels % steps:
             raise UserError(
