@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,17 +60,27 @@ def advance(
     """
     reply: dict[str, Tensor] | None = None
     for segment in range(1_000_000):
-        said = [_next(part, reply, (*seed, segment)) for part, seed in zip(parts, seeds)]
-        reply = None
-        if all(item is None for item in said):
+        said = []
+        for part, seed in zip(parts, seeds):
+            item = _next(part, reply, (*seed, segment))
+            # at once, so that one micro-batch's graph is alive at a time
+            said.append(Said(item, backward(item, gradients)) if isinstance(item, Update) else Said(item, {}))
+        reply, first = None, said[0].item
+        if all(one.item is None for one in said):
             return
-        first = said[0]
-        if any(type(item) is not type(first) for item in said):
+        if any(type(one.item) is not type(first) for one in said):
             raise ContractError("micro-batches yielded different things at one barrier: yields must not depend on data")
         if isinstance(first, Total):
-            reply = distributed.sum_tensors(_add([dict(item) for item in said if item is not None]))  # type: ignore[arg-type]
+            reply = distributed.sum_tensors(_add([dict(one.item) for one in said]))  # type: ignore[arg-type]
             continue
-        finish(_barrier(said, gradients))  # type: ignore[arg-type]
+        finish(_barrier(said))
+
+
+class Said(NamedTuple):
+    """What a part yielded, and for an update its unweighted terms; its gradients are added already."""
+
+    item: Any
+    terms: dict[str, Tensor]
 
 
 def _next(part: Part, reply: dict[str, Tensor] | None, seed: Seed) -> Update | Total | None:
@@ -91,12 +102,11 @@ def seed_everything(seed: Seed) -> None:
         torch.cuda.manual_seed_all(number)
 
 
-def _barrier(said: Sequence[Update], gradients: Gradients) -> Barrier:
-    barrier = Barrier(said[0].role_names)
-    for index, update in enumerate(said):
+def _barrier(said: Sequence[Said]) -> Barrier:
+    barrier = Barrier(said[0].item.role_names)
+    for index, (update, terms) in enumerate(said):
         if update.role_names != barrier.roles:
             raise ContractError(f"micro-batches step different roles: {barrier.roles} and {update.role_names}")
-        terms = backward(update, gradients)
         numbers = {name: value.detach().float().mean() / len(said) for name, value in update.metrics.items()}
         barrier.metrics = _add([barrier.metrics, {**numbers, **terms}])
         barrier.levels = _add([barrier.levels, {name: binned(rows) for name, rows in update.levels.items()}])

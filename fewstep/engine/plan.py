@@ -6,13 +6,14 @@ With P the bytes of a role's trained parameters, a role costs
     + P of gradients + k P of optimiser state (Adam 2, SGD with momentum 1) + P of EMA
 
 and a run peaks at the weights and EMAs of all roles plus, over its stages, the largest gradients and optimiser state of
-the roles that train together. Activations come on top; they depend on micro-batch, sizes and checkpointing.
+the roles that train together (`peak_bytes`). With the activations of a micro-batch, of which only one role's part of a step
+is held at a time, that is `total_bytes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..errors import UserError
 from ..methods.base import Method, Stage
 from ..recipe import Recipe, load_recipe
 from ..roles import Handle, OptimizerSpec, assemble
+from .activations import activations
 from .sizes import cut, sizes
 
 
@@ -33,6 +35,7 @@ class RolePlan:
 
     source: folder, family or role that its weights come from; "the method" when the method builds it.
     shares: the role on whose copy of the weights this one is a view, or None. weights: what the role adds to memory.
+    activations: at the peak of this role's part of a step, above weights and gradients; None where they are not known.
     alone: weights, gradients, optimizer and ema if the role were a full network of its own, tuned in full if it trains.
     """
 
@@ -46,6 +49,7 @@ class RolePlan:
     gradients: int
     optimizer: int
     ema: int
+    activations: int | None
     alone: Mapping[str, int]
 
 
@@ -64,13 +68,18 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Roles, stages and peak bytes: with roles as views on shared bases (`peak_bytes`), or as full copies."""
+    """Roles, stages and peak bytes: with roles as views on shared bases (`peak_bytes`), or as full copies.
+
+    total_bytes: with activations; None where a stage's could not be worked out, for the reason `unknown`.
+    """
 
     method: str
     roles: tuple[RolePlan, ...]
     stages: tuple[StagePlan, ...]
     peak_bytes: int
     copies_bytes: int
+    total_bytes: int | None
+    unknown: str | None
 
     @property
     def ratio(self) -> float:
@@ -89,12 +98,55 @@ def plan(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     stages = [stage for stage in method.stages() if stage.name not in skipped]
     _check_sources(loaded, stages)
     described = tuple(_stage(stage, loaded, method) for stage in stages)
-    roles = _roles(_handles(method, loaded, stages))
+    handles = _handles(method, loaded, stages)
+    rows = _roles(handles)
+    working, unknown = _activations(method, handles, loaded, stages, described)
+    roles = tuple(replace(r, activations=_of_role(r.name, working)) for r in rows)
     own = {
         r.name: {"weights": r.weights, "gradients": r.gradients, "optimizer": r.optimizer, "ema": r.ema} for r in roles
     }
     copies = {r.name: r.alone for r in roles}
-    return Plan(loaded.method, roles, described, _peak(own, described), _peak(copies, described))
+    total = None if unknown else _total(own, described, working)
+    return Plan(loaded.method, roles, described, _peak(own, described), _peak(copies, described), total, unknown)
+
+
+Working = Mapping[str, Mapping[tuple[str, ...], int]]  # stage -> roles that step together -> bytes
+
+
+def _activations(
+    method: Method,
+    handles: Mapping[str, Handle],
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    described: Sequence[StagePlan],
+) -> tuple[Working, str | None]:
+    """What `activations` finds of each stage that trains; or why it found nothing."""
+    found: dict[str, Mapping[tuple[str, ...], int]] = {}
+    try:
+        for stage, said in zip(stages, described):
+            if not stage.offline:
+                found[stage.name] = activations(method, handles, recipe, stage, said.micro_batch, said.parts > 1)
+    except Exception as error:  # whatever a method needs that a plan has not: data, a reward's weights, numbers
+        return {}, (str(error) or type(error).__name__).splitlines()[0]
+    return found, None
+
+
+def _of_role(name: str, working: Working) -> int | None:
+    peaks = [size for stage in working.values() for roles, size in stage.items() if name in roles]
+    return max(peaks, default=None)
+
+
+def _total(costs: Mapping[str, Mapping[str, int]], stages: Iterable[StagePlan], working: Working) -> int:
+    """Weights and EMAs stay, optimisers live as long as their stage, gradients and activations as long as their update."""
+    held = sum(cost["weights"] + cost["ema"] for cost in costs.values())
+    peaks = [0]
+    for stage in stages:
+        optimizers = sum(costs[r]["optimizer"] for r in stage.trains)
+        updates = [
+            size + sum(costs[r]["gradients"] for r in roles) for roles, size in working.get(stage.name, {}).items()
+        ]
+        peaks.append(optimizers + max(updates, default=0))
+    return held + max(peaks)
 
 
 def _check_sources(recipe: Recipe, stages: Iterable[Stage]) -> None:
@@ -158,6 +210,7 @@ def _role(handle: Handle, shares: str | None) -> RolePlan:
         trained=_count(trained),
         weights=_bytes(adapter) + (0 if shares else whole),
         **_training(handle.spec.optimizer, trained, averaged),
+        activations=None,
         alone={"weights": whole, **_training(handle.spec.optimizer, base if trained else [], averaged)},
     )
 

@@ -42,6 +42,7 @@ class SanaSurroundings(PipelineSurroundings):
     }
     absent = ()
     blocks, usual_factor = "encoder_block_out_channels", 32
+    longest = 300
 
     @torch.no_grad()
     def prompts(self, texts: Sequence[str]) -> Cond:

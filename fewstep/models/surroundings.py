@@ -38,6 +38,7 @@ class PipelineSurroundings:
     network: name of the pipeline's network, which `encode_prompt` does without.
     absent: parts that the pipeline's constructor asks for and that are never loaded.
     blocks, usual_factor: the VAE's config entry with a width a level, and pixels a latent where there is no VAE.
+    longest: tokens of a text that the network reads at most.
     pixels_at_once: the VAE works on so many pixels at a time (and on one row at least), which bounds its memory.
     """
 
@@ -48,6 +49,7 @@ class PipelineSurroundings:
     pixels_at_once: int = 2**20
     blocks: str = "block_out_channels"
     usual_factor: int = 8
+    longest: int = 77
 
     def __init__(self, folder: FilePath | None, module: nn.Module):
         self.folder, self.module = folder, module

@@ -122,6 +122,15 @@ def test_plan_answers_with_roles_stages_and_bytes(run, capsys):
     assert "student" in capsys.readouterr().out
 
 
+def test_plan_refuses_what_a_device_cannot_hold(run, capsys):
+    """And says which settings would help."""
+    recipe = str(run / "recipe.yaml")
+    assert main(["plan", recipe, "--memory", "1"]) == 0
+    assert "fits" in capsys.readouterr().out
+    assert main(["plan", recipe, "--memory", "1e-5"]) == 2
+    assert "gradient_checkpointing" in capsys.readouterr().err
+
+
 def test_demo_is_handed_its_folder_and_file(monkeypatch, tmp_path, capsys):
     calls = []
 

@@ -14,7 +14,7 @@ FROZEN = {
     "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --length "
     "--noise-scales --compared --json",
     "export": "run --to --checkpoint --json",
-    "plan": "recipe overrides --json",
+    "plan": "recipe overrides --json --memory",
     "doctor": "model --json",
     "methods": "--json",
     "report": "run --out --json",
