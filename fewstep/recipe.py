@@ -44,6 +44,10 @@ class TrainSpec(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the networks' inside; maths stays in float32"
     )
+    offload_activations: bool = Field(
+        default=False,
+        description="what the backward pass needs waits in the host's memory: slower, for less of a GPU's",
+    )
     check_export: bool = Field(
         default=True, description="reload the exported folder in a fresh process and compare images"
     )

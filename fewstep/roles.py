@@ -35,11 +35,12 @@ Tune = Literal["full", "lora", "frozen"]
 class OptimizerSpec(BaseModel):
     """One optimiser a trainable role. `lr` may be a schedule; `warmup` and `decay` shape it over the stage.
 
-    `cosine_restarts` falls to `lr_floor` in `restart_every` steps, then anew in twice as many, and so on.
+    `adamw8bit` keeps its moments in a byte each, and needs bitsandbytes. `cosine_restarts` falls to `lr_floor` in
+    `restart_every` steps, then anew in twice as many, and so on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adamw8bit"] = "adamw"
     lr: Scalar = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

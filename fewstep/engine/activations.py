@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -111,13 +111,26 @@ def activations(
     weights = method.config.weights
     asked = Gradients(parameters, lambda term: value(weights.get(term, 1.0), 0), 1)
     # one thread, since the counter belongs to the thread that it is opened in
-    with torch.autograd.set_multithreading_enabled(False), _as_on_a_gpu(recipe.train.precision), Allocations() as seen:
+    with ExitStack() as within:
+        within.enter_context(torch.autograd.set_multithreading_enabled(False))
+        within.enter_context(_as_on_a_gpu(recipe.train.precision))
+        if recipe.train.offload_activations:
+            within.enter_context(torch.autograd.graph.saved_tensors_hooks(_sent_away, _fetched))
+        seen = within.enter_context(Allocations())
         for step in range(MOST):
             draw = Draw(recipe.train.seed, step, range(rows), device=META, scope=stage.name)
             advance([stage.step(batch, draw)], [(recipe.train.seed, stage.name, step)], asked, finish)
             if {role for roles in peaks for role in roles} >= set(stage.trains):
                 break
     return peaks
+
+
+def _sent_away(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _fetched(said: tuple[torch.Size, torch.dtype]) -> Tensor:
+    return torch.empty(said[0], dtype=said[1], device=META)
 
 
 def _batch(handles: Mapping[str, Handle], recipe: Recipe, stage: Stage, rows: int) -> Batch:

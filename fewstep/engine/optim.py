@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..maths.scalars import value
 from ..roles import Handle, OptimizerSpec, RoleSpec
 
+TABLES = ("qmap1", "qmap2")  # of 8-bit moments: the same for all parameters, made anew
 BEGUN = "schedule/begun"  # among the optimiser's state: no parameter is called so, since names of layers have dots
 
 
@@ -86,7 +90,7 @@ class RoleOptimizer:
             f"{name}/{slot}": torch.as_tensor(v)
             for name, p in self.parameters.items()
             for slot, v in slots.get(p, {}).items()
-            if v is not None
+            if v is not None and slot not in TABLES
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -96,12 +100,35 @@ class RoleOptimizer:
         for key, tensor in state.items():
             name, slot = key.rsplit("/", 1)
             p = self.parameters[name]
-            self.optimizer.state[p][slot] = tensor.clone() if slot == "step" else tensor.to(p.device, p.dtype).clone()
+            self.optimizer.state[p][slot] = tensor.clone() if slot == "step" else tensor.to(p.device).clone()
+        if self.handle.spec.optimizer.name == "adamw8bit":
+            self._complete()
+
+    def _complete(self) -> None:
+        """What bitsandbytes wants besides: steps as Python's numbers, and the tables that bytes stand for."""
+        self.optimizer.fill_qmap()  # type: ignore[attr-defined]
+        for p, slots in self.optimizer.state.items():
+            slots["step"] = int(slots["step"])
+            if slots["state1"].dtype == torch.uint8:
+                tables = self.optimizer.name2qmap  # type: ignore[attr-defined]
+                slots["qmap1"], slots["qmap2"] = (tables[kind].to(p.device) for kind in ("dynamic", "udynamic"))
 
 
 def _make(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if spec.name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    if spec.name == "adamw8bit":
+        return _adamw_8bit(spec, parameters)
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[spec.name]
     # one fused kernel instead of a dozen small ones a parameter; the learning rate is set at each step
     return cls(parameters, lr=1.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+
+
+def _adamw_8bit(spec: OptimizerSpec, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    try:
+        adamw: Any = import_module("bitsandbytes").optim.AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "optimizer.name=adamw8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or write adamw"
+        ) from error
+    return adamw(parameters, lr=1.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)

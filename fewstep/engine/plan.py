@@ -223,7 +223,15 @@ def _training(spec: OptimizerSpec, trained: Sequence[Tensor], averaged: bool) ->
 def _optimizer(spec: OptimizerSpec, trained: Sequence[Tensor]) -> int:
     if spec.name == "sgd":
         return _bytes(trained) if spec.momentum else 0
+    if spec.name == "adamw8bit":
+        return sum(_bytes_of_8bit(t) for t in trained)
     return 2 * _bytes(trained) + 4 * len(trained)  # two moments, and a float32 step counter a parameter
+
+
+def _bytes_of_8bit(trained: Tensor) -> int:
+    """Two moments: a byte each and a float32 for every 256, or float32 in parameters of fewer than 4096 numbers."""
+    n = trained.numel()
+    return 8 * n if n < 4096 else 2 * n + 8 * -(-n // 256)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,10 +247,16 @@ class Trainer:
             seeds.append((seed, stage.name, step, start))
             ids.append(batch.ids)
         updated: list[str] = []
-        advance(parts, seeds, self._gradients(), lambda barrier: updated.extend(self._finish(barrier, ids)))
+        with self._activations():
+            advance(parts, seeds, self._gradients(), lambda barrier: updated.extend(self._finish(barrier, ids)))
         self.place.step, self.place.total = step + 1, self.place.total + 1
         rows = sum(len(part) for part in ids) * distributed.world()
         self.method.on(Event("step_end", stage.name, self.place.step, updated=tuple(updated), rows=rows))
+
+    def _activations(self) -> AbstractContextManager[Any]:
+        if not self.recipe.train.offload_activations:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def _gradients(self) -> Gradients:
         weights, step = self.method.config.weights, self.place.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,19 @@ def test_a_plan_without_data_says_why():
     """Memory without activations is told all the same."""
     found = plan(dmd(data={"train": {"source": "image_folder", "path": "no/such/folder", "size": 16}}))
     assert found.total_bytes is None and found.peak_bytes > 0 and "no/such/folder" in str(found.unknown)
+
+
+def test_activations_that_wait_on_the_host_change_no_number(tmp_path):
+    """Losses are equal bit for bit, and a device has to hold less."""
+    losses = []
+    for offload in (False, True):
+        recipe = dmd(student={"tune": "full"})
+        recipe["train"] = {**recipe["train"], "offload_activations": offload, "log_every": 1}
+        trainer = Trainer(load_recipe(recipe), tmp_path / str(offload), show=False)
+        trainer.save = lambda: None  # type: ignore[method-assign]
+        trainer.run()
+        log = (tmp_path / str(offload) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["grad_norm.student"] for line in log if "grad_norm.student" in line])
+        losses.append(told(plan(recipe)))
+    assert losses[0] == losses[2] and len(losses[0]) > 0
+    assert losses[3] < 0.6 * losses[1]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fewstep.engine.optim import RoleOptimizer, ema_decay, learning_rate
+from fewstep.errors import UserError
 from fewstep.roles import Handle, OptimizerSpec, Role, RoleSpec
 
 RESTARTS = OptimizerSpec(lr=1.0, decay="cosine_restarts", restart_every=10, lr_floor=0.1)
@@ -92,3 +93,67 @@ def test_a_step_without_finite_gradient_changes_nothing_and_is_counted(bad):
     assert numbers["grad_norm.student"] == 0
     stepped(optimizer, 2)
     assert role.module.weight.isfinite().all() and not torch.equal(role.module.weight, before[0])
+
+
+@pytest.fixture
+def bitsandbytes():
+    """8-bit optimisers, where they are installed."""
+    return pytest.importorskip("bitsandbytes")
+
+
+def eight_bit(width: int = 128) -> RoleOptimizer:
+    """AdamW with moments of a byte each; a network large enough for them."""
+    torch.manual_seed(1)
+    spec = RoleSpec(optimizer={"name": "adamw8bit", "lr": 0.01, "clip": None})
+    return RoleOptimizer(Handle(Role("student", "full"), nn.Linear(width, 64), spec, "full"), 10)
+
+
+def moved(optimizer: RoleOptimizer, steps: range) -> None:
+    """Steps with gradients of their own."""
+    for step in steps:
+        for i, p in enumerate(optimizer.parameters.values()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+        optimizer.step(step)
+
+
+def test_eight_bit_moments_step_as_adamw_does(bitsandbytes):
+    """To the precision of a byte."""
+    optimizer = eight_bit()
+    full = RoleOptimizer(
+        Handle(
+            Role("student", "full"),
+            nn.Linear(128, 64),
+            RoleSpec(optimizer={"lr": 0.01, "clip": None}),
+            "full",
+        ),
+        10,
+    )
+    full.handle.module.load_state_dict(optimizer.handle.module.state_dict())
+    start = optimizer.handle.module.weight.detach().clone()
+    moved(optimizer, range(5))
+    moved(full, range(5))
+    a, b = (o.handle.module.weight - start for o in (optimizer, full))
+    assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99
+    held = sum(t.numel() * t.element_size() for name, t in optimizer.state().items() if name.startswith("weight"))
+    assert held < 0.3 * sum(
+        t.numel() * t.element_size() for name, t in full.state().items() if name.startswith("weight")
+    )
+
+
+def test_eight_bit_moments_resume_bit_for_bit(bitsandbytes):
+    """Also those of small parameters, which stay float32."""
+    straight, first, second = eight_bit(), eight_bit(), eight_bit()
+    moved(straight, range(4))
+    moved(first, range(2))
+    second.handle.module.load_state_dict(first.handle.module.state_dict())
+    second.load_state(first.state())
+    moved(second, range(2, 4))
+    assert torch.equal(second.handle.module.weight, straight.handle.module.weight)
+    assert torch.equal(second.handle.module.bias, straight.handle.module.bias)
+
+
+def test_eight_bit_without_the_library_names_it(monkeypatch):
+    """And what to write instead."""
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes, or write adamw"):
+        eight_bit()
