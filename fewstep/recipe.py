@@ -44,6 +44,9 @@ class TrainSpec(BaseModel):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the networks' inside; maths stays in float32"
     )
+    shard: bool = Field(
+        default=False, description="each process holds a part of every network (FSDP2); adapters stay whole"
+    )
     offload_activations: bool = Field(
         default=False,
         description="what the backward pass needs waits in the host's memory: slower, for less of a GPU's",

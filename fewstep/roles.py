@@ -135,11 +135,18 @@ class Handle:
         self.autocast: torch.dtype | None = None  # set by the trainer from train.precision
         self.forget: Callable[[], None] = lambda: None  # clears the optimiser's state, once there is one
         self.rewind: Callable[[], None] = lambda: None  # starts the learning rate's schedule again
-        owner = adapter if adapter is not None else module
-        self._trainable = {} if tune == "frozen" else {n: p for n, p in owner.named_parameters() if p.requires_grad}
         self.ema: dict[str, nn.Parameter] | None = None
         self.ema_decay = 0.0 if spec.ema_warmup else spec.ema or 0.0
-        if spec.averages and tune != "frozen":
+        self.sharded = False  # whether each process holds a part of every trained parameter
+        self.renew()
+
+    def renew(self) -> None:
+        """Looks up the trained parameters again, after the module's were replaced, and starts the average from them."""
+        owner = self.adapter if self.adapter is not None else self.module
+        found = owner.named_parameters()
+        self._trainable = {} if self.tune == "frozen" else {n: p for n, p in found if p.requires_grad}
+        self.sharded = any(hasattr(p, "full_tensor") for p in self._trainable.values())
+        if self.spec.averages and self.tune != "frozen":
             self.ema = {n: nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trainable().items()}
 
     @property
@@ -194,7 +201,10 @@ class Handle:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`, in place."""
-        (self.adapter if self.adapter is not None else self.module).load_state_dict(dict(state), strict=True)
+        owner = self.adapter if self.adapter is not None else self.module
+        own = owner.state_dict()
+        cut = {name: part_of(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
+        owner.load_state_dict(cut, strict=True)
 
     @torch.no_grad()
     def update_ema(self, decay: float | None = None) -> None:
@@ -216,6 +226,10 @@ class Handle:
         """
         if self.ema is None:
             yield
+            return
+        if self.sharded:  # whole parameters are gathered from the parts, wherever modules point
+            with _exchanged(self.trainable(), self.ema):
+                yield
             return
         averages = {id(p): self.ema[name] for name, p in self.trainable().items()}
         places = [
@@ -269,6 +283,21 @@ class Handle:
         return digest.hexdigest()
 
 
+@contextmanager
+def _exchanged(parameters: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the parameters have the others' values."""
+    with torch.no_grad():
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.copy_(others[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(kept[name])
+
+
 def merged(handle: Handle) -> nn.Module:
     """A copy of the base with the adapter folded into its weights; what `model/` holds. Uses EMA weights when there are any."""
     with handle.averaged():
@@ -276,6 +305,15 @@ def merged(handle: Handle) -> nn.Module:
         if handle.adapter is not None:
             handle.adapter.merge_into(module)
     return module.requires_grad_(False)
+
+
+def part_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a whole tensor where `other` is cut over processes (a DTensor), else the tensor itself."""
+    if not hasattr(other, "full_tensor") or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
 
 
 def merge_spec(role: Role, spec: RoleSpec | None) -> RoleSpec:

@@ -126,7 +126,7 @@ def shipped() -> list[Chain]:
     stored = load_file(folder / "chains.safetensors")
     names = (folder / "names.txt").read_text().split()
     parts = np.split(stored["ca"].astype(np.float32) / 100, np.cumsum(stored["lengths"])[:-1])
-    return [Chain(name, part) for name, part in zip(names, parts)]
+    return [Chain(name, np.asarray(part, np.float32)) for name, part in zip(names, parts)]
 
 
 def padded(length: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..methods.base import Mean, Total, Update
 from . import distributed
@@ -43,11 +44,15 @@ class Barrier:
 
 @dataclass(frozen=True)
 class Gradients:
-    """How losses become gradients: which parameters a role has, and the weight of each term at this step."""
+    """How losses become gradients: which parameters a role has, and the weight of each term at this step.
+
+    others: trained parameters of all roles but these.
+    """
 
     parameters: Callable[[tuple[str, ...]], Sequence[nn.Parameter]]
     weight: Callable[[str], float]
     parts_in_step: int  # over all ranks
+    others: Callable[[tuple[str, ...]], Sequence[nn.Parameter]] = lambda _: ()
 
 
 def advance(
@@ -127,10 +132,20 @@ def backward(update: Update, gradients: Gradients) -> dict[str, Tensor]:
         if gradients.weight(name) != 0 and term.requires_grad
     ]
     if weighted:
-        parameters = gradients.parameters(update.role_names)
-        torch.autograd.backward(torch.stack(weighted).sum(), inputs=list(parameters))
+        _add_gradients(torch.stack(weighted).sum(), update.role_names, gradients)
     ranks = distributed.world()
     return {f"loss.{name}": term.detach() * ranks for name, term in terms.items()}
+
+
+def _add_gradients(loss: Tensor, roles: tuple[str, ...], gradients: Gradients) -> None:
+    parameters = gradients.parameters(roles)
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return torch.autograd.backward(loss, inputs=list(parameters))
+    # a sharded network's parameters are made for each call, so gradients cannot be asked for by name
+    torch.autograd.backward(loss)
+    for p in gradients.others(roles):
+        p.grad = None
+    return None
 
 
 def _term(name: str, loss: Tensor | Mean, parts: int) -> Tensor:

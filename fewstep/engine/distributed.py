@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 32 * 1024 * 1024
 
@@ -38,7 +39,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     bucket: list[Tensor] = []
     size = 0
     for p in parameters:
-        if p.grad is None:
+        if p.grad is None or isinstance(p.grad, DTensor):  # those of a sharded network are summed in its backward pass
             continue
         if bucket and (size > BUCKET_BYTES or p.grad.dtype != bucket[0].dtype):
             _sum_bucket(bucket)

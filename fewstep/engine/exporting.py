@@ -83,6 +83,8 @@ def export_run(trainer: Trainer) -> Path | None:
     """Writes `model/` of a run that just ended; None on other processes, or when the method exports nothing."""
     if distributed.rank() != 0 or trainer.method.exported() not in trainer.handles:
         return None
+    if trainer.recipe.train.shard:  # this process has a part of each network; the checkpoint has them whole
+        return export(trainer.folder, trainer.folder / "model")
     model = _write(trainer.method, trainer.handles, trainer.recipe, trainer.folder / "model", trainer.total)
     if trainer.recipe.train.check_export:
         check_export(trainer.method, model)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..maths.scalars import value
-from ..roles import Handle, OptimizerSpec, RoleSpec
+from ..roles import Handle, OptimizerSpec, RoleSpec, part_of
 
 TABLES = ("qmap1", "qmap2")  # of 8-bit moments: the same for all parameters, made anew
 BEGUN = "schedule/begun"  # among the optimiser's state: no parameter is called so, since names of layers have dots
@@ -70,6 +71,7 @@ class RoleOptimizer:
             group["lr"] = self.factor * learning_rate(spec, step, self.steps, self.begun)
         limit = spec.clip if spec.clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         numbers = {f"grad_norm.{self.handle.name}": norm.detach()}
         if self.skip_nan:
             skipped = f"skipped.{self.handle.name}"
@@ -100,7 +102,9 @@ class RoleOptimizer:
         for key, tensor in state.items():
             name, slot = key.rsplit("/", 1)
             p = self.parameters[name]
-            self.optimizer.state[p][slot] = tensor.clone() if slot == "step" else tensor.to(p.device).clone()
+            self.optimizer.state[p][slot] = (
+                tensor.clone() if slot == "step" else part_of(tensor, p).to(p.device).clone()
+            )
         if self.handle.spec.optimizer.name == "adamw8bit":
             self._complete()
 

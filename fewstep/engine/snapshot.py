@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..roles import Handle
+from ..roles import Handle, part_of
 from . import distributed
 from .checkpoint import Checkpoint
+from .sharding import whole
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -29,7 +30,7 @@ class Place:
 
 
 def files(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
-    """The tensors, by file name without its ending."""
+    """The tensors, by file name without its ending. All processes have to ask, since parts of networks are put together."""
     found: dict[str, Mapping[str, Tensor]] = {"method": trainer.method.state()}
     for name, handle in trainer.handles.items():
         if handle.tune != "frozen":
@@ -41,7 +42,7 @@ def files(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
     for name in {store for stage in trainer.stages if not stage.offline for store in stage.writes}:
         ids = trainer.stores[name].ids()
         found[f"store.{name}"] = {"ids": ids, **trainer.stores[name].read(ids)}
-    return found
+    return {name: whole(tensors) for name, tensors in found.items()}
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
@@ -91,4 +92,4 @@ def restore_roles(handles: Mapping[str, Handle], saved: Checkpoint) -> None:
             handle.load_state(saved.files[f"{name}.role"])
         if handle.ema is not None and f"{name}.ema" in saved.files:
             for key, tensor in saved.files[f"{name}.ema"].items():
-                handle.ema[key].copy_(tensor)
+                handle.ema[key].copy_(part_of(tensor, handle.ema[key]))

@@ -39,6 +39,7 @@ from .preview import write_previews
 from .progress import Advance, bar
 from .report import report
 from .resume import to_resume
+from .sharding import shard
 from .sizes import cut, sizes
 from .snapshot import Place
 from .tracking import Tracker, Window, require_trackers, rewind
@@ -98,6 +99,8 @@ class Trainer:
         self.sources = dressed(self.sources, self.handles)
         self.method.bind(self.handles, self.sources, self.stores)
         meet_export(self.method, self.handles)
+        if recipe.train.shard:
+            shard(self.handles, self.device)
         self.place, self.window = Place(), Window()
         self.guards, self.best = Guards(recipe.guards), Best.of(recipe.validation)
         self.interrupt = Interrupt()
@@ -262,9 +265,13 @@ class Trainer:
         weights, step = self.method.config.weights, self.place.step
         return Gradients(
             parameters=self._parameters,
+            others=self._others,
             weight=lambda term: value(weights.get(term, 1.0), step),
             parts_in_step=self.cut.parts * distributed.world(),
         )
+
+    def _others(self, roles: tuple[str, ...]) -> list[nn.Parameter]:
+        return [p for name in self.optimizers if name not in roles for p in self.optimizers[name].parameters.values()]
 
     def _parameters(self, roles: tuple[str, ...]) -> list[nn.Parameter]:
         missing = [r for r in roles if r not in self.optimizers]
@@ -349,8 +356,9 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of everything a resumed run needs."""
+        files = snapshot.files(self) if self.main or self.recipe.train.shard else {}
         if self.main:
-            checkpoint.save(self.checkpoints, self.total, snapshot.files(self), snapshot.state(self))
+            checkpoint.save(self.checkpoints, self.total, files, snapshot.state(self))
             checkpoint.prune(self.checkpoints, self.recipe.train.keep_last, self.best.step)
         distributed.wait()
 

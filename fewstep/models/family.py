@@ -178,6 +178,10 @@ class DiffusionFamily:
             f"family '{self.name}' has no place for the input '{inputs[0]}': train it with one fixed guidance_scale"
         )
 
+    def embeds_guidance(self, module: nn.Module) -> bool:
+        """Whether one call of this base, told `guidance` [rows] of the condition, is already the guided field."""
+        return False
+
     def sealed(self, module: nn.Module) -> nn.Module:
         """What is exported of a student that is sampled without guidance: a network on which the stock pipeline's
         guidance_scale, whose default is not 1, has no effect. The module itself where no such default exists."""

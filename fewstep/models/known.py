@@ -28,4 +28,6 @@ KNOWN: Mapping[str, Known] = {
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": Known("sana", {"size": "1600m", "sample_size": 16}),
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": Known("sana", {"size": "1600m"}),
     "Qwen/Qwen-Image": Known("qwen_image", {"size": "20b"}),
+    "black-forest-labs/FLUX.1-dev": Known("flux", {"size": "dev"}),
+    "black-forest-labs/FLUX.1-schnell": Known("flux", {"size": "schnell"}),
 }

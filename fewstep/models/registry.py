@@ -15,6 +15,7 @@ FAMILIES = Registry(
         "stable_diffusion_3": "fewstep.models.stable_diffusion_3:SD3",
         "sana": "fewstep.models.sana:SANA",
         "qwen_image": "fewstep.models.qwen_image:QWEN_IMAGE",
+        "flux": "fewstep.models.flux:FLUX",
         "protein_flow": "fewstep.models.protein_flow:PROTEIN_FLOW",
         "gaussian": "fewstep.models.oracle:GAUSSIAN",
         "gaussian_mixture": "fewstep.models.oracle:GAUSSIAN_MIXTURE",
