@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +23,23 @@ if TYPE_CHECKING:
 MULTIPLE = 8  # padded lengths are multiples of it
 
 
-class LengthsConfig(SourceConfig):
-    """`{source: lengths, shortest: 50, longest: 256}`."""
+class Bounds(SourceConfig):
+    """Residues of a chain, at least and at most."""
 
-    shortest: int = Field(default=50, ge=4)
-    longest: int = Field(default=256, ge=4)
-    count: int = Field(default=50_000, gt=0, description="samples in one pass")
+    shortest: int = Field(default=50, ge=4, description="residues; shorter chains are left out")
+    longest: int = Field(default=256, ge=4, description="longer chains are cropped to it")
 
     @model_validator(mode="after")
-    def _ordered(self) -> LengthsConfig:
+    def _ordered(self) -> Bounds:
         if self.shortest > self.longest:
             raise ValueError(f"shortest={self.shortest} is above longest={self.longest}")
         return self
+
+
+class LengthsConfig(Bounds):
+    """`{source: lengths, shortest: 50, longest: 256}`."""
+
+    count: int = Field(default=50_000, gt=0, description="samples in one pass")
 
 
 class Lengths(Source):
@@ -55,12 +61,10 @@ class Lengths(Source):
         return digest(f"lengths {self.config.shortest} {self.config.longest} {self.config.count}")
 
 
-class ChainsConfig(SourceConfig):
+class ChainsConfig(Bounds):
     """`{source: chains, path: FOLDER}` of PDB and mmCIF files; without `path` the shipped real chains."""
 
     path: str | None = Field(default=None, description="folder with structure files; null: the shipped chains")
-    shortest: int = Field(default=50, ge=4, description="residues; shorter chains are left out")
-    longest: int = Field(default=256, ge=4, description="longer chains are cropped to it")
     whole: bool = Field(default=False, description="leave longer chains out instead of cropping them")
 
 
@@ -112,10 +116,23 @@ class Chains(Source):
 
 
 def read_folder(folder: Path) -> list[Chain]:
-    """Unbroken pieces of all chains in the structure files of a folder; files without protein are left out."""
+    """Unbroken pieces of all chains in the structure files of a folder.
+
+    Files that cannot be read or hold no protein are left out with a warning; UserError when no file is left.
+    """
     if not folder.is_dir():
         raise UserError(f"no folder '{folder}': set `path` to a folder of PDB or mmCIF files")
-    return [piece for file in list_structures(folder) for chain in read_chains(file) for piece in chain.pieces()]
+    files, chains, bad = list_structures(folder), [], []
+    for file in files:
+        try:
+            chains += [piece for chain in read_chains(file) for piece in chain.pieces()]
+        except UserError as error:
+            bad.append(str(error))
+    if len(bad) == len(files):
+        raise UserError(bad[0])
+    if bad:
+        warnings.warn(f"chains: left out {len(bad)} of {len(files)} files, the first because {bad[0]}", stacklevel=2)
+    return chains
 
 
 def shipped() -> list[Chain]:
