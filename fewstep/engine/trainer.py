@@ -82,6 +82,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, only: str | None = None, show: bool = True):
         require_trackers(list(recipe.train.trackers))
+        if recipe.train.shard and recipe.preview:
+            raise UserError("previews are drawn on one process, which has a part of each network: remove `preview`")
         self.recipe, self.folder, self.only = recipe, folder, only
         self.checkpoints = folder / "checkpoints"
         saved = to_resume(self.recipe, folder, resume)

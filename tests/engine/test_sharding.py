@@ -113,6 +113,12 @@ def test_one_process_has_nothing_to_cut(tmp_path):
         Trainer(load_recipe(recipe("full", shard=True)), tmp_path / "run", show=False)
 
 
+def test_previews_of_parts_are_refused(tmp_path):
+    """Before anything waits for another process."""
+    with pytest.raises(UserError, match="remove `preview`"):
+        Trainer(load_recipe({**recipe("full", shard=True), "preview": {"every": 2}}), tmp_path / "run", show=False)
+
+
 def test_blocks_are_the_members_of_the_outermost_lists():
     """A UNet's or a transformer's blocks, not the parts of blocks."""
     net = torch.nn.ModuleDict(
