@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..data.batch import Batch, Cond
 from ..data.registry import make_source
+from ..data.source import Source
 from ..draws import Draw
+from ..errors import UserError
 from ..maths.scalars import value
-from ..methods.base import Method, Stage
+from ..methods.base import Event, Method, Stage
 from ..models.denoiser import Denoiser
 from ..recipe import Recipe
 from ..roles import Handle
@@ -72,6 +74,10 @@ class Blank:
         """`cond`."""
         return cond
 
+    def decode(self, x0: Tensor) -> Tensor:
+        """UserError: pictures take the pipeline's autoencoder."""
+        raise UserError("a loss decodes pictures, and a plan loads no autoencoder")
+
 
 def activations(
     method: Method,
@@ -89,10 +95,14 @@ def activations(
     """
     for handle in handles.values():
         handle.around = None if handle.around is None else Blank(handle.around)  # type: ignore[assignment]
-    method.bind(handles, {}, {})
+    latent = next((handle for handle in handles.values() if handle.around is not None), None)
+    sources = {} if latent is not None else {name: make_source(said) for name, said in recipe.data.items()}
+    method.bind(handles, sources, {})
     for name, handle in handles.items():
         handle.train_here(name in stage.trains)
-    batch = _batch(handles, recipe, stage, rows).to(META)
+    method.on(Event("stage_start", stage.name, 0))
+    made = _rows(sources, stage, rows) if latent is None else Batch(torch.arange(rows), _latents(latent, recipe, rows))
+    batch = made.to(META)
     peaks: dict[tuple[str, ...], int] = {}
 
     def parameters(roles: tuple[str, ...]) -> list[Any]:
@@ -133,22 +143,17 @@ def _fetched(said: tuple[torch.Size, torch.dtype]) -> Tensor:
     return torch.empty(said[0], dtype=said[1], device=META)
 
 
-def _batch(handles: Mapping[str, Handle], recipe: Recipe, stage: Stage, rows: int) -> Batch:
-    """Rows of the recipe's sources; for latent networks made up in the right shapes, as the data need not be there."""
-    latent = next((handle for handle in handles.values() if handle.around is not None), None)
-    if latent is not None:
-        return Batch(torch.arange(rows), _latents(latent, recipe, rows))
+def _rows(sources: Mapping[str, Source], stage: Stage, rows: int) -> Batch:
     names = (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
-    sources = {name: make_source(recipe.data[name]) for name in names}
-    fetched = {
-        name: Batch(ids, source.fetch(ids, Draw(0, 0, range(rows))))
-        for name, source in sources.items()
-        for ids in [torch.arange(rows) % len(source)]
-    }
-    return fetched[names[0]] if len(names) == 1 else Batch(torch.arange(rows), fetched)
+    found = {}
+    for name in names:
+        ids = torch.arange(rows) % len(sources[name])
+        found[name] = Batch(ids, sources[name].fetch(ids, Draw(0, 0, range(rows))))
+    return found[names[0]] if len(names) == 1 else Batch(torch.arange(rows), found)
 
 
 def _latents(handle: Handle, recipe: Recipe, rows: int) -> dict[str, Any]:
+    """Rows of the right shapes made up, as neither data nor encoders need be there."""
     role = Denoiser.of(handle)
     around: Any = handle.around
     side = next((said["size"] // around.factor for said in recipe.data.values() if "size" in said), None)

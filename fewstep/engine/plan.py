@@ -126,8 +126,10 @@ def _activations(
         for stage, said in zip(stages, described):
             if not stage.offline:
                 found[stage.name] = activations(method, handles, recipe, stage, said.micro_batch, said.parts > 1)
-    except Exception as error:  # whatever a method needs that a plan has not: data, a reward's weights, numbers
-        return {}, (str(error) or type(error).__name__).splitlines()[0]
+    except UserError as error:
+        return {}, str(error)
+    except Exception as error:  # whatever a method needs that a plan has not: a reward's weights, stores, numbers
+        return {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return found, None
 
 

@@ -25,6 +25,9 @@ def shard(handles: Mapping[str, Handle], device: torch.device) -> None:
 
     if distributed.world() == 1:
         raise UserError("train.shard cuts networks over processes, but there is one: start with `accelerate launch`")
+    eight = [name for name, handle in handles.items() if handle.spec.optimizer.name == "adamw8bit"]
+    if eight:
+        raise UserError(f"train.shard does not go with {eight[0]}.optimizer.name=adamw8bit: write adamw")
     mesh = init_device_mesh(device.type, (distributed.world(),))
     for module in {id(handle.module): handle.module for handle in handles.values()}.values():
         for block in _blocks(module):

@@ -28,6 +28,9 @@ class Denoises(Protocol):
     def null(self, cond: Any) -> Any:
         """The unconditional condition with the rows of `cond`."""
 
+    def told(self, cond: Any, scale: Tensor | float) -> Any:
+        """`cond` with guidance as an input, where the network was trained with it."""
+
 
 def cfg(uncond: Tensor, cond: Tensor, scale: Tensor | float) -> Tensor:
     """uncond + scale (cond - uncond), bit-exact at scale 0 and 1; scale is a number or [rows]."""
@@ -47,17 +50,25 @@ def guided(
     """The guided prediction `what` ("velocity", "x0", "eps") from one call on conditional and null rows together.
 
     x [rows, ...], t [rows]; scale a number or [rows]. interval = (low, high): rows whose t lies outside are not guided
-    (Kynkäänniemi et al., arXiv 2404.07724). A plain number 1 makes a single unguided call.
+    (Kynkäänniemi et al., arXiv 2404.07724). A plain number 1 makes a single unguided call, and so does a base that is
+    told its guidance (FLUX.1 dev), whatever the scale.
     """
     predict = getattr(denoiser, what)
     if isinstance(scale, float | int) and scale == 1:
         return predict(x, t, cond)
-    both = type(cond).cat([cond, denoiser.null(cond)])
-    conditional, unconditional = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     if interval is not None:
         inside = (t >= interval[0]) & (t <= interval[1])
         scale = torch.where(inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t))
+    if is_told(denoiser):
+        return predict(x, t, denoiser.told(cond, scale))
+    both = type(cond).cat([cond, denoiser.null(cond)])
+    conditional, unconditional = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return cfg(unconditional, conditional, scale)
+
+
+def is_told(denoiser: Denoises) -> bool:
+    """Whether one call with `cond.guidance` [rows] is the guided prediction already: see `Denoiser.embeds_guidance`."""
+    return getattr(denoiser, "embeds_guidance", False)
 
 
 def guided_x0(
@@ -74,7 +85,7 @@ def guided_x0(
     rescale "energy": what is guided gets the norm of the conditional prediction, row by row, so that large scales do not
     raise contrast.
     """
-    if rescale is None or (isinstance(scale, float | int) and scale == 1):
+    if rescale is None or is_told(denoiser) or (isinstance(scale, float | int) and scale == 1):
         return guided(denoiser, x, t, cond, scale, interval, what="x0")
     both = type(cond).cat([cond, denoiser.null(cond)])
     tied, free = denoiser.x0(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

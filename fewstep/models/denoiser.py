@@ -86,6 +86,16 @@ class Denoiser:
         error = self.output(add_noise(x0, eps, t), t, cond) - self.path.target(x0, eps, t)
         return self.family.mean_rows(error**2, cond)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the base was trained with guidance as an input. Of one that gained it here, its method takes care."""
+        return "guidance" not in self.handle.role.adds and self.family.embeds_guidance(self.handle.module)
+
+    def told(self, cond: Cond, scale: Tensor | float) -> Cond:
+        """`cond` with guidance as an input: a number, or one a row [rows]."""
+        some = next(iter(cond.values()))
+        return cond.with_(guidance=torch.as_tensor(scale, dtype=torch.float32, device=some.device).expand(len(some)))
+
     def null(self, cond: Cond) -> Cond:
         """The unconditional condition with the rows of `cond`."""
         around = self.handle.around

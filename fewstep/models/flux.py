@@ -23,21 +23,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..data.batch import Cond
-from ..errors import UserError
 from ..maths.paths import FlowPath, Path
 from ..nets.extra_inputs import reads
 from .build import parse
-from .family import DiffusionFamily, Facts, Latent, Loaded, settings
+from .family import Facts, Latent, Loaded, settings
 from .flow_sizes import preset
 from .folder import card, path_from
-from .qwen_image import latents, patches
+from .patched import SIDE, PatchedFamily, patches
 from .surroundings import PipelineSurroundings, borrowed
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
 SINGLE = ("proj_mlp", "single_transformer_blocks.*.proj_out")  # of the blocks that attend and feed forward side by side
 LABELS = 1000  # of t = 1, in the scheduler
-SIDE = 128  # of the latents that the pipeline draws unless it is told a size
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
         "sample_size": 8,
@@ -103,7 +101,7 @@ class FluxSurroundings(PipelineSurroundings):
         return Cond(prompt_embeds=embeds, pooled=pooled)
 
 
-class FluxFamily(DiffusionFamily):
+class FluxFamily(PatchedFamily):
     """FluxTransformer2DModel: called (patches, t, guidance, both texts, and the places of both); answers v in patches."""
 
     name = "flux"
@@ -160,10 +158,6 @@ class FluxFamily(DiffusionFamily):
             "img_ids": _places(height, width, x.device),
         }
 
-    def unpack(self, module: nn.Module, output: Any, x: Tensor) -> Tensor:
-        """The network's answer as latents."""
-        return latents(super().unpack(module, output, x), x.shape[2:])
-
     def upgrade(self, module: nn.Module, inputs: Sequence[str]) -> nn.Module:
         """Guidance alone: the stock class's own input, its last layer zero; unchanged when there is one already.
 
@@ -193,25 +187,12 @@ class FluxFamily(DiffusionFamily):
         nn.init.zeros_(last.weight)
         return copied
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoders."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         c = settings(module)
         return Cond(
             prompt_embeds=torch.zeros(1, 1, c.joint_attention_dim), pooled=torch.zeros(1, c.pooled_projection_dim)
         )
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, height, width] of latents: the data's, or without data those that the pipeline draws."""
-        return getattr(module, "latent_shape", (settings(module).in_channels // 4, SIDE, SIDE))
-
-    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """The network takes any size, so that of the data is remembered beside it."""
-        if shape is not None:
-            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
 
 def _static(path: Path, folder: FilePath) -> Path:

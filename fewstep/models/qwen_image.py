@@ -23,16 +23,16 @@ from torch.nn.functional import pad
 from ..data.batch import Cond
 from ..errors import UserError
 from .build import parse
-from .family import DiffusionFamily, Facts, Latent, Loaded, settings
+from .family import Facts, Latent, Loaded, settings
 from .flow_sizes import preset
 from .folder import path_from
+from .patched import SIDE, PatchedFamily, patches
 from .surroundings import PipelineSurroundings
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 WIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2")
 OTHER_INPUTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of editing and layers
 LABELS = 1000  # of t = 1, in the scheduler
-SIDE = 128  # of the latents that the pipeline draws unless it is told a size
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
         "sample_size": 8,
@@ -117,7 +117,7 @@ class QwenImageSurroundings(PipelineSurroundings):
         return super()._pixels(vae, z[:, :, None])[:, :, 0]
 
 
-class QwenImageFamily(DiffusionFamily):
+class QwenImageFamily(PatchedFamily):
     """QwenImageTransformer2DModel: called (patches, t, encoder_hidden_states=, its mask, img_shapes=); answers v in patches."""
 
     name = "qwen_image"
@@ -171,27 +171,10 @@ class QwenImageFamily(DiffusionFamily):
             "img_shapes": [[(1, height // 2, width // 2)]] * rows,
         }
 
-    def unpack(self, module: nn.Module, output: Any, x: Tensor) -> Tensor:
-        """The network's answer as latents."""
-        return latents(super().unpack(module, output, x), x.shape[2:])
-
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoder."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         width = settings(module).joint_attention_dim
         return Cond(prompt_embeds=torch.zeros(1, 1, width), mask=torch.ones(1, 1, dtype=torch.long))
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, height, width] of latents: the data's, or without data those that the pipeline draws."""
-        return getattr(module, "latent_shape", (settings(module).in_channels // 4, SIDE, SIDE))
-
-    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """The network takes any size, so that of the data is remembered beside it."""
-        if shape is not None:
-            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
 
 def _refuse_maskless() -> None:
@@ -214,20 +197,6 @@ def _exact_time(module: Any) -> Any:
 
 def _in_float32(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output if output.dtype == torch.float64 else output.float()
-
-
-def patches(x: Tensor) -> Tensor:
-    """Latents [rows, c, h, w] as [rows, h w / 4, 4 c]: a patch's 2 x 2 latents by channel, then row, then column."""
-    rows, channels, height, width = x.shape
-    cut = x.reshape(rows, channels, height // 2, 2, width // 2, 2)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(rows, height * width // 4, 4 * channels)
-
-
-def latents(tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """The inverse of `patches` for latents of `size` (h, w)."""
-    (rows, _, channels), (height, width) = tokens.shape, size
-    cut = tokens.reshape(rows, height // 2, width // 2, channels // 4, 2, 2)
-    return cut.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // 4, height, width)
 
 
 def _at_least(cond: Cond, length: int) -> Cond:

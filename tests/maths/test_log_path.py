@@ -10,16 +10,7 @@ import torch
 from fewstep.maths.log_path import LogFlowPath
 from fewstep.maths.sde import langevin_step
 from fewstep.maths.variables import score_from_velocity, x0_from_velocity
-
-TABLE = {
-    2: ".7079 .0100",
-    4: ".7079 .1718 .0412 .0100",
-    8: ".7079 .3846 .2089 .1135 .0624 .0339 .0184 .0100",
-    10: ".7079 .4416 .2754 .1718 .1072 .0661 .0412 .0257 .0160 .0100",
-    16: ".7079 .5309 .4027 .3020 .2265 .1718 .1288 .0966 .0733 .0550 .0412 .0313 .0234 .0176 .0133 .0100",
-    20: ".7079 .5689 .4519 .3631 .2884 .2317 .1841 .1479 .1175 .0944 .0750 .0603 .0479 .0385 .0305 .0245 .0195 .0157 "
-    ".0124 .0100",
-}
+from tests.pipelines.proteins import TABLE
 
 
 def begun(t: float = 10**-0.15) -> LogFlowPath:

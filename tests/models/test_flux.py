@@ -16,15 +16,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
 from fewstep.data.batch import Cond
+from fewstep.draws import Draw
 from fewstep.errors import UserError
 from fewstep.exporting.grids import same_pairs, trained_pairs
 from fewstep.exporting.lora import LORA_FILE, save_lora
+from fewstep.maths.guidance import guided
 from fewstep.maths.paths import FlowPath
+from fewstep.methods.diffusion.decoupled_dmd import DecoupledDMD, Point
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.flux import FLUX, dynamic_shift
 from fewstep.models.folder import family_of, open_model
-from fewstep.models.qwen_image import latents, patches
-from fewstep.roles import merged
+from fewstep.models.patched import latents, patches
+from fewstep.roles import RoleSpec, assemble, merged
 
 from .flow_stock import PROMPTS, denoiser, off, pretrained, student, with_module
 from .tiny_flux import SCHEDULER, SIZE, tiny_flux
@@ -234,6 +237,42 @@ def test_a_condition_that_says_no_guidance_means_1(folders, noise):
             plain = role.velocity(noise, t, cond)
             assert torch.equal(role.velocity(noise, t, told(cond, 1.0)), plain)
             assert (off(role.velocity(noise, t, told(cond, 3.5)), plain) > 1e-2) is matters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_teacher_that_is_told_its_guidance_is_guided_by_one_call(folders, noise, kind):
+    """dev: the network at this scale, outside an interval at 1; schnell: both conditions and their difference."""
+    role, t, calls = denoiser(folders[kind]), torch.tensor([0.4, 0.8]), []
+    cond, null = role.handle.around.prompts(PROMPTS), role.null(role.handle.around.prompts(PROMPTS))
+    plain = role.velocity(noise, t, cond)
+    free = role.velocity(noise, t, null)
+    hook = role.handle.module.register_forward_pre_hook(
+        lambda module, args, said: calls.append(len(said["hidden_states"])), with_kwargs=True
+    )
+    found = guided(role, noise, t, cond, 3.5)
+    inside = guided(role, noise, t, cond, 3.5, interval=(0.0, 0.5))
+    hook.remove()
+    at = role.velocity(noise, t, told(cond, 3.5)) if kind == "dev" else free + 3.5 * (plain - free)
+    torch.testing.assert_close(found, at, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(inside, torch.stack([at[0], plain[1]]), atol=1e-5, rtol=1e-4)
+    assert calls == ([2, 2] if kind == "dev" else [4, 4])
+
+
+def test_decoupled_dmd_augments_by_what_the_told_guidance_adds(folders, noise):
+    """D_CA = x0(3.5) - x0(1) of dev; a factor of the guidance, taken once."""
+    method = DecoupledDMD(DecoupledDMD.Config(guidance_scale=3.5, normaliser="none", space="x0", steps=1))
+    specs = {"teacher": RoleSpec.model_validate({"from": str(folders["dev"])})}
+    specs |= {name: RoleSpec.model_validate({"lora": {"rank": 2}}) for name in ("student", "fake_score")}
+    method.bind(assemble(method.roles(), specs, 0), {}, {})
+    cond = method.teacher.handle.around.prompts(PROMPTS)
+    point = Point(noise, torch.tensor([0.4, 0.8]))
+    method.points = lambda *_: {"ca": point}  # type: ignore[method-assign]
+    found, _ = method.directions(noise, 1.0, cond, Draw.for_images(0, range(2)))
+    with torch.no_grad():
+        guided_, plain = (method.teacher.x0(*point, told(cond, scale)) for scale in (3.5, 1.0))
+    torch.testing.assert_close(found["ca"], guided_ - plain, atol=1e-5, rtol=1e-4)
+    assert found["ca"].abs().max() > 1e-3
 
 
 def test_a_base_without_guidance_gains_the_stock_classes_own_input(folders, noise, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep.data.batch import Cond
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import open_model
-from fewstep.models.qwen_image import latents, patches
+from fewstep.models.patched import latents, patches
 
 from .stock import PROMPTS, denoiser, pretrained
 from .tiny_qwen_image import SIZE, tiny_qwen_image

@@ -16,15 +16,8 @@ from fewstep.draws import Draw
 from fewstep.maths.log_path import LogFlowPath
 from fewstep.maths.solvers import Schedule, sample
 
-TABLE = {  # arXiv 2510.03095, noise levels t of distilled Proteina
-    2: ".7079 .0100",
-    4: ".7079 .1718 .0412 .0100",
-    8: ".7079 .3846 .2089 .1135 .0624 .0339 .0184 .0100",
-    10: ".7079 .4416 .2754 .1718 .1072 .0661 .0412 .0257 .0160 .0100",
-    16: ".7079 .5309 .4027 .3020 .2265 .1718 .1288 .0966 .0733 .0550 .0412 .0313 .0234 .0176 .0133 .0100",
-    20: ".7079 .5689 .4519 .3631 .2884 .2317 .1841 .1479 .1175 .0944 .0750 .0603 .0479 .0385 .0305 .0245 .0195 .0157 "
-    ".0124 .0100",
-}
+from .proteins import TABLE
+
 BOTH = (FlowMatchProteinScheduler, FlowMatchProteinSDEScheduler)
 
 

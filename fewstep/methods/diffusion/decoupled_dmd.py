@@ -243,7 +243,9 @@ class DecoupledDMD(DiffusionMethod):
             directions["dm"] = real["dm"] - fake
             metrics["fake_cosine"] = 1 - cosine_rows(fake, real["dm"])
         if "ca" in points:
-            directions["ca"] = (self.config.guidance_scale - 1) * (real["ca"] - real["null"])
+            free = real.get("null")  # a base that is told its guidance answers with the guided x0 itself
+            scale = self.config.guidance_scale - 1
+            directions["ca"] = real["guided"] - real["ca"] if free is None else scale * (real["ca"] - free)
         directions = self.normalised(directions, x0, real, points)
         if len(directions) == 2:
             metrics["dm_over_ca"] = (directions["dm"].square().mean() / directions["ca"].square().mean()).sqrt()
@@ -272,9 +274,13 @@ class DecoupledDMD(DiffusionMethod):
         return (path.time(low), path.time(high)) if isinstance(path, VPPath) else (low, high)
 
     def teach(self, points: Mapping[str, Point], c: Cond) -> dict[str, Tensor]:
-        """The teacher's x0 at the points ("dm", "ca") and, unconditional, at "ca" ("null"), in one network call."""
-        asked = {branch: (point, c) for branch, point in points.items()}
-        if "ca" in points:
+        """The teacher's x0 at the points ("dm", "ca") and at "ca" unconditional or guided ("null", "guided"), in one call."""
+        told = self.teacher.embeds_guidance
+        plain = self.teacher.told(c, 1.0) if told else c
+        asked = {branch: (point, plain) for branch, point in points.items()}
+        if "ca" in points and told:
+            asked["guided"] = (points["ca"], self.teacher.told(c, self.config.guidance_scale))
+        elif "ca" in points:
             asked["null"] = (points["ca"], self.teacher.null(c))
         shared = "dm" in points and points["dm"] is points.get("ca")
         if shared:

@@ -11,25 +11,14 @@ from fewstep.data.chains import Chains, masks
 from fewstep.draws import Draw
 from fewstep.methods.base import DiffusionMethod
 from fewstep.roles import RoleSpec, assemble
-
-SIZES = {
-    "width": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "pair_width": 8,
-    "registers": 1,
-    "index_width": 8,
-    "time_width": 8,
-    "cond_width": 16,
-    "window": 2,
-}
+from tests.pipelines.proteins import SIZES
 
 
 def assembled(cls: type[DiffusionMethod], build: dict[str, Any] | None = None, **config: Any) -> Any:
     """The method with every role moved off where it began."""
     method = cls(cls.Config(**config))
     first = method.roles()[0].name
-    specs = {first: RoleSpec.model_validate({"from": "protein_flow", "build": {**SIZES, **(build or {})}})}
+    specs = {first: RoleSpec.model_validate({"from": "protein_flow", "build": {**SIZES, "window": 2, **(build or {})}})}
     handles = assemble(method.roles(), specs, seed=0)
     torch.manual_seed(1)
     for handle in handles.values():

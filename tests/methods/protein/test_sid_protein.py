@@ -127,9 +127,8 @@ def test_sum_over_n_counts_a_chain_of_n_residues_one_nth():
     for weight in ("mean", "sum_over_n"):
         method = assembled(SiDProtein, weight=weight)
         cond = lengths(8, 24).cond
-        x0, real = centred(torch.randn(2, 2, 24, 3)[0], cond["mask"]), torch.zeros(2, 24, 3)
-        torch.manual_seed(0)
-        x0 = centred(torch.randn(2, 24, 3), cond["mask"])
+        noise = torch.randn(2, 24, 3, generator=torch.Generator().manual_seed(0))
+        x0, real = centred(noise, cond["mask"]), torch.zeros(2, 24, 3)
         weights[weight] = method.normaliser(x0, real, torch.full((2,), 0.5), cond)
     torch.testing.assert_close(weights["sum_over_n"] / weights["mean"], torch.tensor([8.0, 24.0]))
 
