@@ -41,12 +41,19 @@ def check_same_recipe(recipe: Recipe, saved: Checkpoint) -> None:
     """UserError naming the first field that differs from the run's own recipe."""
     now, then = dict(_flat(recipe.plain())), dict(_flat(saved.state["recipe"]))
     for key in sorted(now.keys() | then.keys()):
-        if any(key == free or key.startswith(free + ".") for free in FREE) or now.get(key) == then.get(key):
+        if _may_change(key, then.get(key), now.get(key)):
             continue
         raise UserError(
             f"cannot resume: {key} was {then.get(key)!r} and is {now.get(key)!r}. "
             f"Resume with {saved.folder.parent.parent / 'recipe.yaml'}, or start a new --out"
         )
+
+
+def _may_change(key: str, then: Any, now: Any) -> bool:
+    """Equal, a habit, or more steps: a longer run, whose learning rates follow the new length from here on."""
+    if then == now or any(key == free or key.startswith(free + ".") for free in FREE):
+        return True
+    return key == "train.steps" and then is not None and now is not None and now > then
 
 
 def _flat(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -129,6 +129,21 @@ def test_resume_with_another_recipe_names_the_field(tmp_path):
         toy.trained(said, tmp_path / "run", resume=True)
 
 
+def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_meant_to_but_not_to_fewer(tmp_path):
+    def said(steps):
+        recipe = toy.recipe("toy_denoise", steps=steps, save_every=3)
+        recipe["student"]["optimizer"]["decay"] = "constant"
+        return recipe
+
+    toy.trained(said(6), tmp_path / "longer")
+    longer = toy.trained(said(12), tmp_path / "longer", resume=True)
+    whole = toy.trained(said(12), tmp_path / "whole")
+    assert longer.total == 12 and toy.hashes(longer) == toy.hashes(whole)
+    assert toy.load_recipe(tmp_path / "longer" / "recipe.yaml").train.steps == 12
+    with pytest.raises(UserError, match=r"train\.steps was 12 and is 6"):
+        toy.trained(said(6), tmp_path / "longer", resume=True)
+
+
 def test_a_run_folder_is_not_overwritten(tmp_path):
     toy.trained(toy.recipe("toy_denoise", steps=2, save_every=2), tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run: add --resume"):
