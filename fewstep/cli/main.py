@@ -16,6 +16,7 @@ import typer
 from .. import __version__
 from .answers import process
 from .arguments import tidy
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluate
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "export": export,
+    "convert": convert,
     "plan": plan,
     "doctor": doctor,
     "methods": methods,

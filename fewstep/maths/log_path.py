@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .paths import FlowPath
+from .solvers import Schedule
 
 DECADES = 5  # of t between u = 1 and u = 0
 PER_DECADE = 200  # grid positions: t = 10^(-k / 200), k whole
-LAST = 400  # k of the last level, t = .01
+FIRST, LAST = 30, 400  # k of distilled Proteina's first level, t = .708, and last, .01
+ALONE = 40  # k of a single level, t = .631; the released generators of one step are called at .63
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,19 @@ class LogFlowPath(FlowPath):
 
     def _clock(self, t: Tensor) -> Tensor:
         return 1 + torch.log10(t) / DECADES
+
+
+def teacher_schedule(
+    path: LogFlowPath, steps: int, noise_scale: float = 0.45, renewal: float | None = None
+) -> Schedule:
+    """Proteina's: velocity and score together on levels 1 - t = 1 - 10^(-2 k / N), stretched to end at 0.
+
+    noise_scale: factor of the noise's variance. renewal: largest share of the noise that a step replaces.
+    """
+    levels = [(10 ** (-2 * k / steps) - 0.01) / 0.99 for k in range(steps)]
+    return Schedule("sde", tuple(path.clock(t) for t in levels), noise_scale=noise_scale, renewal=renewal)
+
+
+def few_step_schedule(path: LogFlowPath, steps: int, noise_scale: float = 0.45) -> Schedule:
+    """Distilled Proteina's: noise, of which `noise_scale` is a factor of the standard deviation, anew on `path.grid`."""
+    return Schedule("renoise", path.grid(steps), noise_scale=noise_scale)

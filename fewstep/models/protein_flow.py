@@ -15,27 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..data.batch import Cond
-from ..errors import UserError, nearest
+from ..errors import UserError
 from ..maths.log_path import LogFlowPath
 from .build import parse
 from .family import DiffusionFamily, Facts, Loaded, settings
+from .flow_sizes import preset
 
-# Layers and widths: "200m" is Proteina's model without triangle layers (arXiv 2503.00710).
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {
-        "width": 96,
-        "num_layers": 4,
-        "num_heads": 4,
-        "pair_width": 32,
-        "registers": 2,
-        "index_width": 64,
-        "time_width": 64,
-        "cond_width": 128,
-        "window": 3,
-    },
-    "small": {"width": 256, "num_layers": 8, "num_heads": 8, "pair_width": 64, "cond_width": 256},
-    "60m": {"width": 512, "num_layers": 12, "num_heads": 8, "pair_width": 256},
-    "200m": {},
+    "tiny": {},
+    "small": {"width": 256, "num_layers": 8, "num_heads": 8, "pair_width": 64, "registers": 4, "cond_width": 256},
 }
 
 
@@ -44,17 +32,17 @@ class ProteinFlowConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     size: str = "tiny"
-    width: int = Field(default=768, gt=0)
-    num_layers: int = Field(default=15, gt=0)
-    num_heads: int = Field(default=12, gt=0)
-    pair_width: int = Field(default=512, gt=0)
-    registers: int = Field(default=10, ge=0)
-    index_width: int = Field(default=128, gt=2)
-    time_width: int = Field(default=256, gt=2)
-    cond_width: int = Field(default=512, gt=0)
+    width: int = Field(default=96, gt=0)
+    num_layers: int = Field(default=4, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+    pair_width: int = Field(default=32, gt=0)
+    registers: int = Field(default=2, ge=0)
+    index_width: int = Field(default=64, gt=2)
+    time_width: int = Field(default=64, gt=2)
+    cond_width: int = Field(default=128, gt=0)
     cath_classes: tuple[int, ...] = ()
     self_conditioning: bool = True
-    window: int = Field(default=0, ge=0, description="0: as Proteina; above: equivariant, seeing so many neighbours")
+    window: int = Field(default=3, ge=1, description="neighbours on either side that a residue sees")
 
 
 class ProteinFlowFamily(DiffusionFamily):
@@ -77,10 +65,8 @@ class ProteinFlowFamily(DiffusionFamily):
         """A network with random weights that answers 0."""
         from fewstep_pipelines import ProteinFlowTransformer
 
-        size = config.get("size", "tiny")
-        if size not in SIZES:
-            raise UserError(f"protein_flow build: unknown size '{size}': {nearest(str(size), SIZES)}")
-        c = parse(ProteinFlowConfig, {**SIZES[size], **config}, "protein_flow build")
+        where = "protein_flow build"
+        c = parse(ProteinFlowConfig, preset(SIZES, config, where), where)
         module: Any = ProteinFlowTransformer(**c.model_dump(exclude={"size"}))
         return Loaded(module, self.name, LogFlowPath())
 

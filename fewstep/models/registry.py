@@ -17,6 +17,7 @@ FAMILIES = Registry(
         "qwen_image": "fewstep.models.qwen_image:QWEN_IMAGE",
         "flux": "fewstep.models.flux:FLUX",
         "protein_flow": "fewstep.models.protein_flow:PROTEIN_FLOW",
+        "proteina": "fewstep.models.proteina:PROTEINA",
         "gaussian": "fewstep.models.oracle:GAUSSIAN",
         "gaussian_mixture": "fewstep.models.oracle:GAUSSIAN_MIXTURE",
         "mlp": "fewstep.models.oracle:MLP",

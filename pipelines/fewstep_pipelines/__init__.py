@@ -5,6 +5,7 @@ from typing import Any
 
 from .modeling_fewstep_times_v1 import FewStepTimes
 from .modeling_protein_flow_v1 import ProteinFlowTransformer
+from .modeling_proteina_v1 import ProteinaTransformer
 from .pipeline_fewstep_class_v1 import FewStepClassPipeline
 from .pipeline_fewstep_protein_v1 import FewStepProteinPipeline, FewStepProteinPipelineOutput, write_chains
 from .scheduling_flow_match_protein_v1 import FlowMatchProteinScheduler, FlowMatchProteinSDEScheduler
@@ -25,6 +26,7 @@ __all__ = [
     "FlowMatchProteinSDEScheduler",
     "FlowMatchProteinScheduler",
     "ProteinFlowTransformer",
+    "ProteinaTransformer",
     "write_chains",
 ]
 

@@ -1,10 +1,11 @@
-"""A flow network over protein backbones: CA coordinates in nanometres, a transformer whose attention is biased by pairs.
+"""An equivariant flow network over protein backbones for small sizes: CA coordinates in nanometres, attention biased by pairs.
 
 This file travels inside the checkpoint folder and needs torch and diffusers only. An incompatible change gets a new
 file name (v2), so that old folders keep the code they were written with.
 
-The layout is that of Proteina without triangle layers (Geffner et al., arXiv 2503.00710): with tau = 1 for data,
-x = (1 - tau) noise + tau data, and the network answers u = data - noise. It is not equivariant; rotations are learned.
+Features and conditions are those of Proteina (Geffner et al., arXiv 2503.00710): with tau = 1 for data,
+x = (1 - tau) noise + tau data, and the network answers u = data - noise. Unlike Proteina's it turns with the chain, which
+small networks do not learn from data.
 """
 
 import math
@@ -36,9 +37,8 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             that modulates every layer.
         cath_classes: numbers of labels at the levels C, A, T; label 0 means "not known". Empty: no fold classes.
         self_conditioning: whether a previous prediction of the clean chain is an input.
-        window: 0 as in Proteina: coordinates are features, and rotations are learned. Above 0 the equivariant form for
-            small networks, ours: a residue sees distances and handedness among so many neighbours on either side, pairs
-            see how they are turned to each other, and the answer is a weighted sum of directions (`Directions`).
+        window: a residue sees distances and handedness among so many neighbours on either side; pairs see how they are
+            turned to each other, and the answer is a weighted sum of directions (`Directions`).
     """
 
     _supports_gradient_checkpointing = True
@@ -47,25 +47,23 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config
     def __init__(
         self,
-        width: int = 768,
-        num_layers: int = 15,
-        num_heads: int = 12,
-        pair_width: int = 512,
-        registers: int = 10,
-        index_width: int = 128,
-        time_width: int = 256,
-        cond_width: int = 512,
+        width: int = 96,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        pair_width: int = 32,
+        registers: int = 2,
+        index_width: int = 64,
+        time_width: int = 64,
+        cond_width: int = 128,
         cath_classes: tuple = (),
         self_conditioning: bool = True,
-        window: int = 0,
+        window: int = 3,
     ):
         super().__init__()
         self.gradient_checkpointing = False
         self.sequence = nn.Linear(index_width + 1, width)
-        self.coordinates: Any = None if window else nn.Linear(3, width, bias=False)
-        self.self_coordinates: Any = nn.Linear(3, width, bias=False) if self_conditioning and not window else None
-        self.neighbourhood: Any = Neighbourhood(window, width) if window else None
-        self.pairs = PairFeatures(pair_width, self_conditioning, turned=bool(window))
+        self.neighbourhood = Neighbourhood(window, width)
+        self.pairs = PairFeatures(pair_width, self_conditioning)
         self.folds = nn.ModuleList(nn.Embedding(classes + 1, time_width) for classes in cath_classes)
         self.condition: Any = nn.Sequential(
             nn.Linear(time_width * (1 + len(self.folds)), cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width)
@@ -73,7 +71,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.register_tokens = nn.Parameter(0.02 * torch.randn(registers, width))
         self.layers = nn.ModuleList(Layer(width, num_heads, pair_width, cond_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.output: Any = Directions(width, pair_width, window) if window else blank(nn.Linear(width, 3, bias=False))
+        self.output = Directions(width, pair_width, window)
 
     def forward(
         self,
@@ -97,9 +95,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         mask = mask.bool()
         cond = self._condition(tau, cath).to(x.dtype)
         pair = self.pairs(x, x_self)
-        h = self._residues(x, x_self, broken)
-        if self.neighbourhood is not None:
-            h = h + self.neighbourhood(x, tau, mask)
+        h = self._residues(x, broken) + self.neighbourhood(x, tau, mask)
         extra = self.register_tokens.to(h.dtype).expand(len(x), -1, -1)
         count = extra.shape[1]
         h = torch.cat([extra, h], 1)
@@ -113,8 +109,7 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             else:
                 h = layer(h, bias, cond)
         h = self.norm(h[:, count:])
-        u = self.output(h) if self.neighbourhood is None else self.output(h, pair, x, mask)
-        return u * mask[..., None]
+        return self.output(h, pair, x, mask) * mask[..., None]
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the config and, beside it, this file, so that a saved folder stays loadable."""
@@ -129,22 +124,19 @@ class ProteinFlowTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             features.append(embedding(known))
         return self.condition(torch.cat(features, 1).to(self.condition[0].weight.dtype))
 
-    def _residues(self, x, x_self, broken):
+    def _residues(self, x, broken):
         index = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=torch.float32)
         places = waves(index, self.config["index_width"], TIME_SCALE).to(x.dtype).expand(len(x), -1, -1)
         breaks = x.new_zeros(x.shape[:2]) if broken is None else broken.to(x.dtype)
-        h = self.sequence(torch.cat([places, breaks[..., None]], 2))
-        if self.coordinates is not None:
-            h = h + self.coordinates(x)
-        return h if x_self is None or self.self_coordinates is None else h + self.self_coordinates(x_self)
+        return self.sequence(torch.cat([places, breaks[..., None]], 2))
 
 
 class PairFeatures(nn.Module):
-    """LayerNorm of embedded sequence separation, distance in x, and distance in the chain predicted before."""
+    """LayerNorm of embedded sequence separation, distance in x and in the chain predicted before, and of `turns`."""
 
-    def __init__(self, width, self_conditioning, turned):
+    def __init__(self, width, self_conditioning):
         super().__init__()
-        self.turned = nn.Linear(4, width, bias=False) if turned else None
+        self.turned = nn.Linear(4, width, bias=False)
         self.separation = nn.Embedding(SEPARATIONS, width)
         self.distance = nn.Embedding(DISTANCES, width)
         self.self_distance = nn.Embedding(SELF_DISTANCES, width) if self_conditioning else None
@@ -154,9 +146,7 @@ class PairFeatures(nn.Module):
         """[rows, residues, residues, width]"""
         index = torch.arange(x.shape[1], device=x.device)
         apart = (index[None] - index[:, None]).clamp(-(SEPARATIONS // 2), SEPARATIONS // 2) + SEPARATIONS // 2
-        pair = self.separation(apart)[None] + self.distance(binned(x, DISTANCES))
-        if self.turned is not None:
-            pair = pair + self.turned(turns(x))
+        pair = self.separation(apart)[None] + self.distance(binned(x, DISTANCES)) + self.turned(turns(x))
         if x_self is not None and self.self_distance is not None:
             pair = pair + self.self_distance(binned(x_self, SELF_DISTANCES))
         return self.norm(pair)

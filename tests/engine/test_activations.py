@@ -19,7 +19,7 @@ UNET = {
 }
 LORA = {"tune": "lora", "lora": {"rank": 4, "targets": "wide"}}
 LABELS = {"train": {"source": "labels", "classes": 10}}
-PROTEIN = {"from": "protein_flow", "build": {"window": 0, "width": 64, "num_layers": 2, "self_conditioning": False}}
+PROTEIN = {"from": "proteina", "build": {"num_layers": 2, "self_conditioning": False}}
 
 
 def dmd(**changes: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...data.batch import Cond
+from ...maths.log_path import teacher_schedule
 from ...maths.paths import add_noise
 from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule
@@ -100,11 +101,9 @@ class ProteinFlowMatching(DiffusionMethod):
         return cond.with_(cath=cath)
 
     def schedule(self) -> Schedule:
-        """Velocity and score together on levels 1 - t = 1 - 10^(-2 k / N), stretched to end at 0."""
-        n = self.config.steps
-        levels = [(10 ** (-2 * k / n) - 0.01) / 0.99 for k in range(n)]
-        u = tuple(self.student.path.clock(t) for t in levels)
-        return Schedule("sde", u, noise_scale=self.config.noise_scale, renewal=self.config.renewal)
+        """Velocity and score together."""
+        path: Any = self.student.path
+        return teacher_schedule(path, self.config.steps, self.config.noise_scale, self.config.renewal)
 
 
 def _head(handles: Mapping[str, Handle]) -> nn.Module:

@@ -13,14 +13,14 @@ Chains are centred and masked wherever they enter a network or a loss (`Denoiser
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ...data.batch import Cond
-from ...maths.log_path import PER_DECADE, LogFlowPath
+from ...maths.log_path import FIRST, PER_DECADE, LogFlowPath, few_step_schedule
 from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule
 from ...roles import Role
@@ -29,8 +29,6 @@ from ..diffusion.sid import SiD, SiDConfig
 
 if TYPE_CHECKING:
     from ...draws import Draw
-
-FIRST = 30  # k of the first level
 
 
 class SiDProteinConfig(SiDConfig):
@@ -85,5 +83,5 @@ class SiDProtein(SiD):
 
     def schedule(self) -> Schedule:
         """As the exported folder is sampled: the longest trained grid, with less noise."""
-        grid = self.schedule_for(max(self.config.sizes))
-        return Schedule("renoise", grid.u, noise_scale=self.config.noise_scale)
+        path: Any = self.path
+        return few_step_schedule(path, max(self.config.sizes), self.config.noise_scale)
