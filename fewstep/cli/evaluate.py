@@ -59,6 +59,16 @@ Compared = Annotated[
         "--compared", min=2, help="Chains of a set that TM-scores are found for; default: 60, spread over it."
     ),
 ]
+Design = Annotated[
+    str | None,
+    typer.Option(
+        "--design", metavar="MODULE:FUNCTION", help="Designs sequences of a protein chain, for the score `designable`."
+    ),
+]
+Fold = Annotated[
+    str | None,
+    typer.Option("--fold", metavar="FOLDER", help="ESMFold that folds them, or a module:function. Both or neither."),
+]
 DEFAULT_METRICS = "fid,prdc"
 
 
@@ -77,6 +87,8 @@ def evaluate(
     length: Length = None,
     noise_scales: NoiseScales = None,
     compared: Compared = None,
+    design: Design = None,
+    fold: Fold = None,
     json: Json = None,
 ) -> None:
     """Score a model, or a folder of images or protein structures, against real ones."""
@@ -87,9 +99,12 @@ def evaluate(
     chains = holds_chains(model)
     with only_json(json):
         if chains:
-            found = evaluate_chains.score(model, metrics, length, noise_scales, compared, of_images, **shared)
+            asked: dict[str, Any] = {"length": length, "noise_scales": noise_scales, "compared": compared}
+            asked |= {"design": design, "fold": fold}
+            found = evaluate_chains.score(model, metrics, images=of_images, **asked, **shared)
         else:
             of_chains = {"length": length, "noise-scales": noise_scales, "compared": compared}
+            of_chains |= {"design": design, "fold": fold}
             _refuse_chains(model, metrics, of_chains)
             found = _images(model, metrics or DEFAULT_METRICS, **shared, **of_images)
     answer(found, json, lambda: evaluate_chains.show(found) if chains else _show(found))

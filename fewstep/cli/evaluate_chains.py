@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .answers import number, say, table
 from .arguments import numbers
 
+if TYPE_CHECKING:
+    from ..evaluation.protein.designability import Judges
+
 METRIC = "protein"
 COLUMNS = {
     "noise_scale": "noise scale",
     "valid": "valid",
+    "designable": "designable",
     "bond_error": "bond error, A",
     "helix": "helix",
     "strand": "strand",
@@ -31,6 +35,8 @@ def score(
     length: str | None,
     noise_scales: str | None,
     compared: int | None,
+    design: str | None,
+    fold: str | None,
     images: Mapping[str, Any],
     **options: Any,
 ) -> dict[str, Any]:
@@ -47,11 +53,21 @@ def score(
     if given:
         raise UserError(f"--{given[0]} is for images, and '{model}' holds protein chains: leave it out")
     lengths = tuple(numbers(length, "--length")) if length else DEFAULT_LENGTHS
-    scales = _scales(noise_scales)
+    scales, options["judges"] = _scales(noise_scales), _judges(design, fold)
     options["compared"] = compared or MOST_COMPARED
     if len(scales) > 1:
         return sweep(model, scales, lengths=lengths, **options)
     return evaluate_chains(model, lengths=lengths, noise_scale=scales[0] if scales else None, **options)
+
+
+def _judges(design: str | None, fold: str | None) -> Judges | None:
+    if design is None and fold is None:
+        return None
+    if design is None or fold is None:
+        raise UserError("designability takes both --design module:function and --fold FOLDER, or neither")
+    from ..evaluation.protein.designability import Judges
+
+    return Judges.named(design, fold)
 
 
 def show(found: Mapping[str, Any]) -> None:

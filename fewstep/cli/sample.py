@@ -37,7 +37,20 @@ NoiseScale = Annotated[
     ),
 ]
 Folds = Annotated[
-    str | None, typer.Option("--cath", metavar="C,A,T", help="Fold label of protein chains, 0 = not known.")
+    str | None,
+    typer.Option(
+        "--cath", metavar="3.40.50", help="Fold of protein chains: a CATH code, or labels C,A,T with 0 = not known."
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attention", metavar="NAME", help="sdpa, xformers, or another attention backend of diffusers."),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        "--offload", metavar="HOW", help="Weights wait on the CPU: model (by network) or sequential (by layer)."
+    ),
 ]
 
 
@@ -54,6 +67,8 @@ def sample(
     file_format: Format = None,
     noise_scale: NoiseScale = None,
     cath: Folds = None,
+    attention: Attention = None,
+    offload: Offload = None,
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
@@ -64,11 +79,12 @@ def sample(
     of_images = {"--labels": labels, "--prompt": prompt}
     of_chains = {"--length": length, "--format": file_format, "--noise-scale": noise_scale, "--cath": cath}
     with only_json(json):
-        pipeline = load_pipeline(model, trust_remote_code)
+        pipeline = load_pipeline(model, trust_remote_code, attention=attention, offload=offload)
         if takes_lengths(pipeline):
             _leave_out(of_images, "makes protein chains")
             asked: dict[str, Any] = {"steps": steps, "guidance": guidance, "noise_scale": noise_scale}
-            found = _chains(pipeline, n, seed, out or Path("chains"), length, file_format or "pdb", cath, **asked)
+            asked["cath"] = None if cath is None else _fold(model, cath)
+            found = _chains(pipeline, n, seed, out or Path("chains"), length, file_format or "pdb", **asked)
         else:
             _leave_out(of_chains, "makes images")
             asked = {"steps": steps, "guidance": guidance, "prompts": prompt}
@@ -102,15 +118,13 @@ def _chains(
     out: Path,
     length: list[str] | None,
     file_format: str,
-    cath: str | None,
     **asked: Any,
 ) -> dict[str, Any]:
     from ..exporting.chains import check_format, generate_chains, save_chains, usual_length
 
     check_format(file_format)
     lengths = [size for said in length or () for size in numbers(said, "--length")] or [usual_length(pipeline)]
-    fold = None if cath is None else numbers(cath, "--cath")
-    made = generate_chains(pipeline, n, seed, lengths, cath=fold, **asked)
+    made = generate_chains(pipeline, n, seed, lengths, **asked)
     files = save_chains(made, out, file_format)
     return {
         "files": [str(file) for file in files],
@@ -121,6 +135,19 @@ def _chains(
         "nfe": made.nfe,
         "ms_per_chain": made.ms_per_chain,
     }
+
+
+def _fold(model: Path, cath: str) -> list[int]:
+    """Labels of "C,A,T", or of a code such as 3.40.50 for a model that says the codes it was trained with."""
+    from ..data.folds import Folds
+    from ..models.folder import card
+
+    known = card(model).get("folds")
+    if "," in cath:
+        return numbers(cath, "--cath")
+    if known is None:
+        raise UserError(f"--cath={cath}: this model names no CATH codes, so write its labels, e.g. 1,2,5")
+    return list(Folds(known).label(cath))
 
 
 def _short(value: Any) -> str:

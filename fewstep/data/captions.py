@@ -1,44 +1,28 @@
-"""A folder of pictures with a caption each; pictures are decoded when they are fetched, so that thousands fit."""
+"""A folder of pictures with a caption each, in a table or in text files beside them."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from pydantic import Field
-from torch import Tensor
+from typing import Any
 
 from ..errors import UserError
-from .batch import Cond
-from .image_folder import decode, list_images
-from .source import Source, SourceConfig, digest
-
-if TYPE_CHECKING:
-    from ..draws import Draw
+from .image_folder import list_images
+from .pictures import Pictures, PicturesConfig
 
 TABLE = "metadata.jsonl"
 KEYS = ("text", "caption")
-WORKERS = 8  # pictures decoded at once
 
 
-class CaptionsConfig(SourceConfig):
+class CaptionsConfig(PicturesConfig):
     """`{source: captions, path: photos, size: 512}`."""
 
     path: str
-    size: int = Field(gt=0, description="side of the centre-cropped, resized square")
-    flip: bool = Field(default=False, description="mirror half of the rows in training")
-    skip_corrupt: bool = Field(default=False, description="leave out images that cannot be decoded, with a warning")
 
 
-class Captions(Source):
-    """Rows `x0` [n, 3, size, size], the captions as `prompt` (a list), and an empty `cond` until a family fills it.
+class Captions(Pictures):
+    """A folder of pictures with a caption each; rows are those of `Pictures`.
 
     Captions stand in `metadata.jsonl`, a line `{"file_name": "a.png", "text": "..."}` a picture (Hugging Face's
     imagefolder; the key may be `caption`), or in `a.txt` beside `a.png`. Samples come in the order of the table's lines
@@ -48,56 +32,32 @@ class Captions(Source):
     """
 
     Config = CaptionsConfig
+    kind = "captions"
 
     def __init__(self, **config: Any):
         super().__init__(**config)
-        pairs = captioned(Path(self.config.path))
+        self._serve(captioned(Path(self.config.path)))
         if self.config.skip_corrupt:
-            pairs = self._sound(pairs)
-        self.files, self.prompts = [file for file, _ in pairs], [text for _, text in pairs]
-        self.row_shape = (3, self.config.size, self.config.size)
+            self._serve([(self.files[i], self.prompts[i]) for i in self.sound(len(self))])
+        self.hold()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def fetch(self, ids: Tensor, draw: Draw | None) -> dict[str, Any]:
-        """`x0`, `cond`, `prompt`; with `flip` and a draw, a picture is mirrored with probability 1/2."""
-        chosen = ids.tolist()
-        with ThreadPoolExecutor(WORKERS) as pool:  # decoding and resizing run outside of Python's lock
-            pixels = np.stack(list(pool.map(self._pixels, [self.files[i] for i in chosen])))
-        x0 = torch.from_numpy(pixels).to(torch.float32).mul_(2 / 255).sub_(1)
-        if self.config.flip and draw is not None:
-            x0 = torch.where(draw.choice("flip", 0.5).cpu()[:, None, None, None], x0.flip(-1), x0)
-        return {"x0": x0, "cond": Cond(), "prompt": [self.prompts[i] for i in chosen]}
+    def picture(self, i: int) -> Path:
+        """The file."""
+        return self.files[i]
 
-    def content_key(self) -> str:
-        """Digest of the files' bytes, the captions and the size."""
-        return self._key
+    def caption(self, i: int) -> str:
+        """As the table or the text file says."""
+        return self.prompts[i]
 
-    @cached_property
-    def _key(self) -> str:
-        files = (digest(file.read_bytes()) for file in self.files)
-        return digest(f"captions {self.config.size}", *files, *self.prompts)
+    def called(self, i: int) -> str:
+        """The file's path."""
+        return str(self.files[i])
 
-    def _pixels(self, file: Path) -> np.ndarray:
-        image = decode(file, self.config.size, 3)
-        if image is None:
-            raise UserError(f"captions: cannot decode '{file}': remove it, or set `skip_corrupt: true`")
-        return image
-
-    def _sound(self, pairs: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
-        """The pairs whose picture can be decoded, with a warning that counts the others."""
-        kept = [pair for pair in pairs if decode(pair[0], 1, 3) is not None]
-        if not kept:
-            raise UserError(f"captions: none of the {len(pairs)} images in '{self.config.path}' can be decoded")
-        if len(kept) < len(pairs):
-            first = next(pair[0] for pair in pairs if pair not in kept)
-            warnings.warn(
-                f"captions: left out {len(pairs) - len(kept)} of {len(pairs)} images that cannot be decoded, "
-                f"the first is '{first}'",
-                stacklevel=4,
-            )
-        return kept
+    def _serve(self, pairs: Sequence[tuple[Path, str]]) -> None:
+        self.files, self.prompts = [file for file, _ in pairs], [text for _, text in pairs]
 
 
 def captioned(folder: Path) -> list[tuple[Path, str]]:

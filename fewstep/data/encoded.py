@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import UserError
 from .batch import Cond
-from .source import Source, digest
+from .source import Source, SourceConfig, digest
 
 if TYPE_CHECKING:
     from ..draws import Draw
@@ -23,6 +24,13 @@ MEND = "write {source: captions, path: FOLDER, size: N}"
 REMEMBERED = 1024  # prompts whose embeddings are kept on the host: 0.24 GB for SD 1.5, 0.7 GB for SDXL
 
 
+class CacheConfig(SourceConfig):
+    """What a recipe may write of any source with prompts: `{..., cache: FOLDER}`."""
+
+    cache: str | None = Field(default=None, description="folder in which latents and embeddings are kept, made once")
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of what is kept")
+
+
 def dressed(sources: Mapping[str, Source], handles: Mapping[str, Handle]) -> dict[str, Source]:
     """The sources as the networks read them: encoded, when some role is part of a latent pipeline.
 
@@ -31,7 +39,16 @@ def dressed(sources: Mapping[str, Source], handles: Mapping[str, Handle]) -> dic
     around = next((handle.around for handle in handles.values() if handle.around is not None), None)
     if around is None:
         return dict(sources)
-    return {name: Encoded(source, around) if _readable(source) else source for name, source in sources.items()}
+    return {name: _encoded(source, around) if _readable(source) else source for name, source in sources.items()}
+
+
+def _encoded(source: Source, around: Surroundings) -> Encoded:
+    """Encoded at every fetch, or once where the source says `cache`."""
+    if getattr(source.config, "cache", None) is None:
+        return Encoded(source, around)
+    from .latents import Cached
+
+    return Cached(source, around)
 
 
 def plain(source: Source) -> Source:
@@ -51,7 +68,8 @@ class Encoded(Source):
 
     def __init__(self, source: Source, around: Surroundings):
         super().__init__()
-        self.source, self.around, self.classes = source, around, source.classes
+        self.source, self.around = source, around
+        self.classes, self.buckets = source.classes, source.buckets
         self._name = f"the data source {type(source).__name__}"
         self._texts: OrderedDict[str, Cond] = OrderedDict()
 
@@ -78,9 +96,15 @@ class Encoded(Source):
         if "prompt" in rows:
             rows["cond"] = rows["cond"].with_(**self._embed(rows["prompt"]))
         if "x0" in rows:
-            noise = draw.normal("vae", *(self.row_shape or ())) if draw is not None else None
+            noise = draw.normal("vae", *self.latent(rows["x0"].shape[1:])) if draw is not None else None
             rows["x0"] = self.around.encode(rows["x0"], noise)
         return rows
+
+    def latent(self, pixels: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the latent of pixels [3, height, width], which need not be of the source's usual size."""
+        usual, shape = self.source.row_shape, self.row_shape
+        assert usual is not None and shape is not None
+        return (shape[0], *(side * small // large for side, small, large in zip(pixels[1:], shape[1:], usual[1:])))
 
     def content_key(self) -> str:
         """Digest of the source and of the encoders' weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..draws import Draw
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ORIENTATION = 0x0112  # the EXIF entry
+SIDEWAYS = (5, 6, 7, 8)  # its values that change width and height over
 
 
 class ImageFolderConfig(SourceConfig):
@@ -97,23 +99,50 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def decode(file: Path, size: int | None, channels: int) -> np.ndarray | None:
-    """uint8 [channels, size, size]: the centre square, resized by antialiased bicubic. size None: the whole, unresized.
+def decode(file: Path | BinaryIO, size: int | tuple[int, int] | None, channels: int) -> np.ndarray | None:
+    """uint8 [channels, height, width] of a picture, cut around its centre and resized by antialiased bicubic.
 
-    None when the file cannot be decoded.
+    size: (height, width), or the side of a square, or None for the whole picture, unresized. None when it cannot be
+    decoded.
     """
     from PIL import Image, ImageOps
 
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except broken:
+    except _broken():
         return None
     if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        height, width = (size, size) if isinstance(size, int) else size
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=_centre(image.size, height, width))
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def shape_of(file: Path | BinaryIO) -> tuple[int, int] | None:
+    """(height, width) of a picture as `decode` turns it, from its header alone. None when the header is broken."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            turned = opened.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            return opened.size if turned else opened.size[::-1]
+    except _broken():
+        return None
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What Pillow raises at files that are no pictures."""
+    from PIL import Image
+
+    return OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
+
+
+def _centre(size: tuple[int, int], height: int, width: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest box of the aspect width : height around the centre of a (w, h) picture."""
+    full_width, full_height = size
+    across, down = float(full_width), full_width * height / width
+    if down > full_height:
+        across, down = full_height * width / height, float(full_height)
+    left, top = (full_width - across) // 2, (full_height - down) // 2
+    return left, top, left + across, top + down

@@ -20,13 +20,15 @@ SOURCES = Registry(
         "chains": "fewstep.data.chains:Chains",
         "captions": "fewstep.data.captions:Captions",
         "crops": "fewstep.data.crops:Crops",
+        "datasets": "fewstep.data.hub_dataset:HubDataset",
         "fashion_mnist": "fewstep.data.images:FashionMnist",
         "image_folder": "fewstep.data.image_folder:ImageFolder",
         "labels": "fewstep.data.labels:Labels",
         "lengths": "fewstep.data.chains:Lengths",
-        "prompts": "fewstep.data.labels:Prompts",
+        "prompts": "fewstep.data.prompts:Prompts",
         "text_lines": "fewstep.data.text:TextLines",
         "text_labels": "fewstep.data.text:TextLabels",
+        "webdataset": "fewstep.data.webdataset:WebDataset",
     },
 )
 

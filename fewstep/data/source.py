@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -36,11 +37,13 @@ class Source:
     """Base of all sources. Subclasses set `Config` and write `__len__`, `fetch` and `content_key`.
 
     row_shape: shape of one row of `x0`, or None when there is none. classes: number of labels, or None.
+    buckets: a number for every sample, int64 [N], when only samples of equal number can stand in one training batch.
     """
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
     row_shape: tuple[int, ...] | None = None
     classes: int | None = None
+    buckets: Tensor | None = None
 
     def __init__(self, **config: Any):
         self.config: Any = parse(self.Config, config, f"source {type(self).__name__}")
@@ -55,6 +58,10 @@ class Source:
         draw: addressed random numbers for augmentation; None switches augmentation off.
         """
         raise NotImplementedError
+
+    def heaviest(self, rows: int) -> Tensor:
+        """Ids of `rows` samples that need as much memory as any."""
+        return torch.arange(rows) % len(self)
 
     def content_key(self) -> str:
         """Hex digest of everything that decides what `fetch(ids, None)` returns; stores are keyed by it."""

@@ -45,7 +45,8 @@ def list_structures(folder: Path) -> list[Path]:
 
 
 def read_chains(file: Path) -> list[Chain]:
-    """Protein chains of the first model in a file, in its order; of alternative locations the first.
+    """Protein chains of the first model in a file, in its order; of alternative locations the first, and of chains with
+    the very same coordinates as well.
 
     Raises UserError for a file that is no structure, holds no protein, or has coordinates that are not numbers.
     """
@@ -57,7 +58,11 @@ def read_chains(file: Path) -> list[Chain]:
     if not np.isfinite(found.coord).all():
         raise UserError(f"'{file}' has CA coordinates that are not numbers: repair it or leave it out")
     names = list(dict.fromkeys(found.chain_id.tolist()))
-    return [Chain(f"{file.stem}_{name}", np.asarray(found.coord[found.chain_id == name])) for name in names]
+    different: dict[bytes, Chain] = {}
+    for name in names:
+        x = np.asarray(found.coord[found.chain_id == name])
+        different.setdefault(x.tobytes(), Chain(f"{file.stem}_{name}", x))
+    return list(different.values())
 
 
 def _atoms(file: Path) -> Any:

@@ -147,7 +147,7 @@ def _rows(sources: Mapping[str, Source], stage: Stage, rows: int) -> Batch:
     names = (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
     found = {}
     for name in names:
-        ids = torch.arange(rows) % len(sources[name])
+        ids = sources[name].heaviest(rows)
         found[name] = Batch(ids, sources[name].fetch(ids, Draw(0, 0, range(rows))))
     return found[names[0]] if len(names) == 1 else Batch(torch.arange(rows), found)
 

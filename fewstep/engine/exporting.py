@@ -15,8 +15,10 @@ from ..data.encoded import dressed
 from ..data.registry import make_source
 from ..draws import Draw
 from ..errors import UserError
+from ..exporting.card import licence_of
 from ..exporting.folder import export as write_folder
 from ..exporting.grids import grid, start_of
+from ..exporting.lora import check_layout
 from ..exporting.network import class_count
 from ..exporting.pipeline import addresses
 from ..exporting.reload import reload_check
@@ -25,6 +27,7 @@ from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
 from ..methods.base import DiffusionMethod, Method
 from ..models.folder import card
+from ..models.hub import local
 from ..models.registry import FAMILIES
 from ..nets.extra_inputs import reads
 from ..recipe import Recipe, load_recipe
@@ -91,11 +94,14 @@ def export_run(trainer: Trainer) -> Path | None:
     return model
 
 
-def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
+def export(run: str | Path, to: str | Path, step: int | None = None, lora_layout: str | None = None) -> Path:
     """Writes the exported role of a checkpoint (the newest, or that of `step`) of the run folder into the folder `to`.
 
-    The same as `fewstep export RUN --to DIR`. Raises UserError when there is no such run, checkpoint, or `to` is taken.
+    lora_layout: diffusers (default), peft, kohya or comfyui: keys of the LoRA file beside a student that is an adapter.
+    The same as `fewstep export RUN --to DIR`. Raises UserError when there is no such run, checkpoint, adapter, or name
+    of a layer, or `to` is taken.
     """
+    check_layout(lora_layout or "diffusers")
     folder, target = Path(run), Path(to)
     root = folder / "checkpoints"
     if not (folder / "recipe.yaml").is_file():
@@ -113,8 +119,12 @@ def export(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     handles = assemble(roles, recipe.roles, recipe.train.seed)
     method.bind(handles, dressed({name: make_source(config) for name, config in recipe.data.items()}, handles), {})
     meet_export(method, handles)
+    if lora_layout is not None and handles[method.exported()].adapter is None:
+        raise UserError(
+            f"'{folder}' trained no adapter (tune: lora), so there is no LoRA file: leave --lora-layout out"
+        )
     restore_roles(handles, saved)
-    model = _write(method, handles, recipe, target, place(saved).total)
+    model = _write(method, handles, recipe, target, place(saved).total, lora_layout or "diffusers")
     if recipe.train.check_export:
         check_export(method, model)
     return model
@@ -174,7 +184,9 @@ def _whole_float32(handle: Handle) -> Iterator[None]:
         handle.autocast = kept
 
 
-def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int) -> Path:
+def _write(
+    method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path, steps: int, lora_layout: str = "diffusers"
+) -> Path:
     handle = handles[method.exported()]
     diffusion = method if isinstance(method, DiffusionMethod) else None
     with handle.averaged():  # the file with the adapter holds what is merged
@@ -188,6 +200,7 @@ def _write(method: Method, handles: dict[str, Handle], recipe: Recipe, to: Path,
             card=_card(method, handle, recipe, steps),
             adapter=handle.adapter,
             around=handle.around,
+            lora_layout=lora_layout,
         )
 
 
@@ -200,9 +213,17 @@ def _card(method: Method, handle: Handle, recipe: Recipe, steps: int) -> dict[st
         "training_steps": steps,
         "recipe": recipe.plain(),
         "evaluation": recipe.evaluation.model_dump(exclude_none=True),
+        **_licence(handle.origin),
         **_guidance_range(method),
+        **_folds(method),
         **_size(handle),
     }
+
+
+def _licence(origin: str | None) -> dict[str, str]:
+    """What the base's own model card says, if there is one here."""
+    folder = local(origin) if origin is not None else None
+    return licence_of(folder) if folder is not None else {}
 
 
 def _size(handle: Handle) -> dict[str, Any]:
@@ -212,6 +233,12 @@ def _size(handle: Handle) -> dict[str, Any]:
         return {}
     factor = getattr(handle.around, "factor", 1)
     return {"size": [side * factor for side in family.row_shape(handle.module)[-2:]]}
+
+
+def _folds(method: Method) -> dict[str, Any]:
+    """CATH codes that the data counted, by which a fold is asked for."""
+    found = [source.folds for source in method.sources.values() if getattr(source, "folds", None) is not None]
+    return {"folds": list(found[0].codes)} if found else {}
 
 
 def _guidance_range(method: Method) -> dict[str, Any]:

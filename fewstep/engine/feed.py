@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -20,6 +21,9 @@ class Feed:
 
     An epoch holds floor(n / batch) full batches, at least one (a small selection wraps around). `shuffle=False` goes
     through the ids once in order and ends with a shorter batch: offline stages.
+
+    Where the source has buckets a batch holds one of them, and an epoch holds the full batches of each, mixed. A bucket
+    smaller than a batch is left out, with a warning.
     """
 
     def __init__(self, source: Source, name: str, seed: int, batch: int, shuffle: bool = True):
@@ -39,11 +43,37 @@ class Feed:
             raise UserError(
                 f"data.{self.name} comes in groups of {chosen.group}: choose train.batch as a multiple of it"
             )
-        self.selection, self._order = chosen, None
+        self._hold(chosen)
+        self._check_buckets()
+
+    def _hold(self, selection: Selection) -> None:
+        self.selection, self._order = selection, None
+        buckets = self.source.buckets if self.shuffle else None
+        self._buckets = None if buckets is None else buckets[selection.ids].numpy()
+
+    def _check_buckets(self) -> None:
+        if self._buckets is None:
+            return
+        if self.selection.group > 1:
+            raise UserError(f"data.{self.name} comes in groups, which buckets would split: set `buckets: false`")
+        if not self.per_epoch:
+            raise UserError(
+                f"data.{self.name}: no bucket holds a batch of {self.batch}: lower train.batch, or set `buckets: false`"
+            )
+        counts = np.bincount(self._buckets)
+        lost = counts[counts < self.batch].sum()
+        if lost:
+            warnings.warn(
+                f"data.{self.name}: left out {lost} of {len(self._buckets)} samples, whose buckets hold less than a batch "
+                f"of {self.batch}",
+                stacklevel=3,
+            )
 
     @property
     def per_epoch(self) -> int:
         """Batches in the present epoch."""
+        if self._buckets is not None:
+            return int((np.bincount(self._buckets) // self.batch).sum())
         n = len(self.selection.ids)
         return max(1, n // self.batch) if self.shuffle else -(-n // self.batch)
 
@@ -68,10 +98,21 @@ class Feed:
         n, group = len(self.selection.ids), self.selection.group
         if not self.shuffle:
             return np.arange(n)
+        if self._buckets is not None:
+            return self._bucketed_order(self._buckets)
         groups = np.concatenate(
             [order(self.seed, self.epoch, n // group, f"{self.name}.{lap}") for lap in range(-(-self.batch // n))]
         )
         return (groups[:, None] * group + np.arange(group)).reshape(-1)
+
+    def _bucketed_order(self, buckets: np.ndarray) -> np.ndarray:
+        """Each bucket in an order of its own, cut into full batches; then the batches of all in one order."""
+        batches = []
+        for bucket, n in enumerate(np.bincount(buckets)):
+            members = np.flatnonzero(buckets == bucket)[order(self.seed, self.epoch, n, f"{self.name}.bucket{bucket}")]
+            batches.append(members[: n - n % self.batch].reshape(-1, self.batch))
+        every = np.concatenate(batches)
+        return every[order(self.seed, self.epoch, len(every), f"{self.name}.batches")].reshape(-1)
 
     def rows(self, positions: np.ndarray, draw: Draw | None) -> Batch:
         """The rows at these positions of the selection, fetched from the source."""
@@ -90,7 +131,7 @@ class Feed:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
         self.epoch, self.offset, group = (int(v) for v in state["place"])
-        self.selection, self._order = Selection(state["ids"], state.get("weights"), group), None
+        self._hold(Selection(state["ids"], state.get("weights"), group))
 
 
 class Feeds(Mapping[str, Feed]):

@@ -53,6 +53,8 @@ def _may_change(key: str, then: Any, now: Any) -> bool:
     """Equal, a habit, or more steps: a longer run, whose learning rates follow the new length from here on."""
     if then == now or any(key == free or key.startswith(free + ".") for free in FREE):
         return True
+    if key.startswith("data.") and key.endswith((".cache", ".index")):
+        return True  # where what was made of the data lies
     return key == "train.steps" and then is not None and now is not None and now > then
 
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..data.encoded import dressed
+from ..data.latents import Cached
 from ..data.registry import make_source
 from ..draws import Draw
 from ..errors import RunFailed, UserError, nearest
@@ -169,6 +170,7 @@ class Trainer:
 
     def run(self) -> None:
         """All stages, from the beginning or from the checkpoint."""
+        self._fill_caches()
         first = snapshot.place(self.saved).stage if self.saved else 0
         failures: dict[str, list[str]] = {}
         with watching() as self.interrupt:
@@ -184,6 +186,12 @@ class Trainer:
                     failures.setdefault(stage.group, []).append(f"{stage.name}: {error}")
                 self._end_group(index, failures)
         self.tracker.close()
+
+    def _fill_caches(self) -> None:
+        for name, source in self.sources.items():
+            if isinstance(source, Cached):
+                with bar(f"encode {name}", source.shards, show=self.show) as advance:
+                    source.fill(advance)
 
     def _end_group(self, index: int, failures: dict[str, list[str]]) -> None:
         group = self.stages[index].group

@@ -19,6 +19,10 @@ from ..recipe import Recipe, ValidateSpec
 from .preview import to_uint8
 
 MOST = 10_000  # real images that samples are compared with
+CHAINS, MOST_ALIGNED = (
+    "protein",
+    20,
+)  # the metric of chains, which is all their numbers; an alignment takes milliseconds
 
 
 @dataclass
@@ -60,11 +64,10 @@ def validate(
     """`validation.<name>` for each metric of the recipe; UserError for one that neither the method nor the registry knows."""
     numbers = _rows(method, source, spec.n, recipe.train.batch, device)
     named = [m for m in spec.metrics if m not in numbers]
-    unknown = [m for m in named if m not in METRICS]
+    unknown = [m for m in named if m not in METRICS and m != CHAINS]
     if unknown:
-        raise UserError(
-            f"validate.metrics: unknown '{unknown[0]}': {nearest(unknown[0], [*numbers, *METRICS.names()])}"
-        )
+        known = [*numbers, *METRICS.names(), CHAINS]
+        raise UserError(f"validate.metrics: unknown '{unknown[0]}': {nearest(unknown[0], known)}")
     if named:
         numbers.update(_samples(method, source, named, spec.n, recipe))
     return {f"validation.{name}": value for name, value in numbers.items()}
@@ -103,6 +106,9 @@ class _evaluating:
 def _samples(method: Method, source: Source, metrics: list[str], n: int, recipe: Recipe) -> dict[str, float]:
     from ..evaluation.evaluate import contents, judge_for, network_for, score
 
+    _check_sort(method, metrics)
+    if metrics == [CHAINS]:
+        return _of_chains(method, n, recipe.train.seed)
     spec = recipe.evaluation
     network, (judge, _) = network_for(metrics, spec.features), judge_for(metrics, spec.reward)
     samples = method.samples(n, recipe.train.seed)
@@ -112,3 +118,21 @@ def _samples(method: Method, source: Source, metrics: list[str], n: int, recipe:
     asked = drawn_for.fetch(torch.arange(n) % len(drawn_for), None)
     labels, prompts = asked["cond"].get("label"), asked.get("prompt")
     return score(to_uint8(samples), labels, lambda: contents(plain(source), MOST)[0], network, metrics, judge, prompts)
+
+
+def _check_sort(method: Method, metrics: list[str]) -> None:
+    """UserError for metrics of images in a method of chains, or the other way round."""
+    draws = getattr(method, "draws", None)
+    wrong = [name for name in metrics if (name == CHAINS) != (draws == "chains")]
+    if wrong:
+        mend = f"write {CHAINS}" if draws == "chains" else "leave it out"
+        raise UserError(f"validate.metrics: '{wrong[0]}' does not score what {method.name} makes: {mend}")
+
+
+def _of_chains(method: Any, n: int, seed: int) -> dict[str, float]:
+    """`score_chains` of chains of the first lengths in the data."""
+    from ..evaluation.protein.preview import unpadded
+    from ..evaluation.protein.scores import score_chains
+
+    mask = method.preview_cond(n)["mask"]
+    return score_chains(unpadded(method.samples(n, seed), mask), compared=MOST_ALIGNED)

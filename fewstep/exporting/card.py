@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,12 +17,22 @@ from .. import __version__
 from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
 from ..models.folder import path_from
+from ..models.hub import is_hub_id
 from .atomic import sha256
+from .guidance_number import guidance_number
+from .lora import LORA_FILES
 from .path_config import path_config
 
 FORMAT = 1
 BIOLOGY = ("biology", "protein")
 MANY_LEVELS = 20  # of which a table shows the ends
+LICENCE = ("license", "license_name", "license_link")  # of a card's head, as the hub spells them
+LOADED = {LORA_FILES["diffusers"]: ""}  # what `load_lora_weights` has to be told of a file
+ELSEWHERE = {
+    LORA_FILES["peft"]: ', which `peft.PeftModel.from_pretrained(network, "FOLDER/lora_peft")` loads',
+    LORA_FILES["kohya"]: ", in the keys of kohya's trainers",
+    LORA_FILES["comfyui"]: ", in the keys of ComfyUI: put it into `models/loras`",
+}
 HASHED = ("*.safetensors", "*.py")
 
 
@@ -48,6 +59,22 @@ def provenance(folder: Path) -> dict[str, Any]:
     }
 
 
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the model card in a folder says of its licence: `licence`, and `licence_name` and `licence_link` of others.
+
+    Empty where it says nothing.
+    """
+    file = folder / "README.md"
+    head = re.match(r"---\n(.*?)\n---", file.read_text(errors="replace"), re.DOTALL) if file.is_file() else None
+    try:
+        said = yaml.safe_load(head[1]) if head is not None else None
+    except yaml.YAMLError:
+        said = None
+    if not isinstance(said, dict) or said.get("license_name", said.get("license", "other")) == "other":
+        return {}
+    return {key.replace("license", "licence"): str(said[key]) for key in LICENCE if said.get(key)}
+
+
 def readme(name: str, said: Mapping[str, Any]) -> str:
     """The model card of a folder called `name` whose fewstep.json says `said`."""
     parts = [_head(said), f"# {name}\n", _origin(said)]
@@ -59,14 +86,18 @@ def readme(name: str, said: Mapping[str, Any]) -> str:
 
 
 def _head(said: Mapping[str, Any]) -> str:
-    tags = ["fewstep", "distillation", said.get("method"), said["family"], *(BIOLOGY if "lengths" in said else ())]
+    sorts = (*(BIOLOGY if "lengths" in said else ()), *(("lora",) if said.get("lora") else ()))
+    tags = ["fewstep", "distillation", said.get("method"), said["family"], *sorts]
     head: dict[str, Any] = {"tags": [tag for tag in tags if tag]}
+    if is_hub_id(said.get("base")) and not Path(said["base"]).exists():
+        head["base_model"] = said["base"]
     if "lengths" in said:  # the hub has no task for proteins
         head = {"library_name": "diffusers", **head}
     elif said.get("pipeline"):
         task = "text-to-image" if said["prompts"] else "unconditional-image-generation"
         head = {"library_name": "diffusers", "pipeline_tag": task, **head}
     head["license"] = said.get("licence", "other")
+    head |= {f"license_{key}": said[f"licence_{key}"] for key in ("name", "link") if f"licence_{key}" in said}
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
 
 
@@ -76,7 +107,7 @@ def _origin(said: Mapping[str, Any]) -> str:
     if paper:
         how += f" ({paper['title']}, {paper['id']})"
     base = f", from `{said['base']}`" if said.get("base") else ""
-    licence = said.get("licence", "that of the weights it was made from")
+    licence = said.get("licence_name") or said.get("licence", "that of the weights it was made from")
     return f"{how}{base}. Family: `{said['family']}`. Licence: {licence}.\n"
 
 
@@ -129,7 +160,7 @@ def _call(said: Mapping[str, Any]) -> str:
     prompt = 'prompt="a photo of a cat", ' if said["prompts"] else ""
     # The class pipeline knows its own scale; a stock one would fall back to 7.5 or 5.
     asked = said["prompts"] and said["guidance_scale"] in ("embedded", "cfg")
-    scale = f", guidance_scale={said['schedule']['guidance']:g}" if asked else ""
+    scale = f", guidance_scale={_number(said):g}" if asked else ""
     return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}{_size(said)}"
 
 
@@ -143,16 +174,19 @@ def _adapter(said: Mapping[str, Any]) -> str:
     """How the LoRA file is used instead, where the stock pipeline reads one."""
     if not (said.get("lora") and said["prompts"]):
         return ""
-    steps, scale = len(said["schedule"]["u"]), said["schedule"]["guidance"]
-    told = f", guidance_scale={scale:g}" if said["guidance_scale"] != "none" else ""
+    named = f"The same student as an adapter of its base: `{said['lora']}`"
+    if said["lora"] not in LOADED:
+        return f"{named}{ELSEWHERE[said['lora']]}.\n"
+    steps = len(said["schedule"]["u"])
+    told = f", guidance_scale={_number(said):g}" if said["guidance_scale"] != "none" else ""
     if said["remote_code"]:  # which hands its scheduler the levels, where the stock pipeline would not
         told += f", sigmas={said['schedule']['u']}"
     return (
-        f"The same student as an adapter of its base: `{said['lora']}`.\n\n```python\n"
+        f"{named}.\n\n```python\n"
         f"from diffusers import DiffusionPipeline, {said['scheduler']}\n"
         'pipe = DiffusionPipeline.from_pretrained("BASE")\n'
         f'pipe.scheduler = {said["scheduler"]}.from_pretrained("FOLDER", subfolder="scheduler")\n'
-        'pipe.load_lora_weights("FOLDER")\n'
+        f'pipe.load_lora_weights("FOLDER"{LOADED[said["lora"]]})\n'
         f'image = pipe("a photo of a cat", num_inference_steps={steps}{told}{_size(said)}).images[0]\n```\n'
     )
 
@@ -210,6 +244,11 @@ def _second_time(schedule: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _number(said: Mapping[str, Any]) -> float:
+    """The schedule's guidance as the pipeline is told it."""
+    return guidance_number(said["pipeline"], said["schedule"]["guidance"])
+
+
 def _guidance(said: Mapping[str, Any]) -> str:
     """What the number does to the images."""
     low_high = said.get("guidance_range")
@@ -217,7 +256,7 @@ def _guidance(said: Mapping[str, Any]) -> str:
     return {
         "embedded": f"fed to the network{trained}",
         "baked": "baked in: guidance_scale is ignored",
-        "cfg": "classifier-free guidance, a second pass unless it is 1",
+        "cfg": f"classifier-free guidance, a second pass unless it is {guidance_number(said['pipeline'], 1):g}",
         "none": "there is none",
     }[said["guidance_scale"]] + "".join(f"; {value:g} is in the weights" for value in said["folded"].values())
 

@@ -20,12 +20,14 @@ from .card import schedule_from
 from .finding import Check, Finding, Findings, Subject
 from .fresh import chains_of, given_noise, images_of
 from .grids import SECOND_TIME, Pairs, grid, same_pairs, start_of, trained_pairs
+from .guidance_number import guidance_number
 from .index import INDEX, foreign_code, read_index
 from .network import class_count, network_of, takes_lengths, takes_prompts
 from .pipeline import addresses, load_pipeline
 from .targets import row_of, trained_at
 
 OLDEST = (0, 36)  # of diffusers: has every class that folders name
+SINCE = {"ZImagePipeline": (0, 39)}  # asked for N steps, it takes other levels in older ones
 MANY_STEPS = 50  # of a chain, more of which would tell no more
 COLLAPSED = 0.01  # nm, of coordinates
 _RESTORE = "restore scheduler/scheduler_config.json from the export"
@@ -117,11 +119,13 @@ def _versions(model: Subject) -> Findings:
     if not (model.folder / INDEX).exists():
         return
     installed = version("diffusers")
-    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
-        yield Finding("error", f"diffusers {installed} is older than 0.36", "install diffusers >= 0.36")
+    oldest = SINCE.get(str(model.said.get("pipeline")), OLDEST)
+    needed = ".".join(map(str, oldest))
+    if tuple(int(part) for part in installed.split(".")[:2]) < oldest:
+        yield Finding("error", f"diffusers {installed} is older than {needed}", f"install diffusers >= {needed}")
     else:
         made = model.said.get("versions", {}).get("diffusers", "an unknown version")
-        yield Finding("ok", f"loads with diffusers >= 0.36; written by {made}, read by {installed}")
+        yield Finding("ok", f"loads with diffusers >= {needed}; written by {made}, read by {installed}")
 
 
 def _loads(model: Subject) -> Findings:
@@ -154,7 +158,8 @@ def _samples(model: Subject) -> Findings:
     prompts = ["a photo of a cat"] * 2 if takes_prompts(pipeline) else None
     with given_noise(pipeline, addresses(Draw.for_images(0, np.arange(2)))):
         scale, size = model.said.get("schedule", {}).get("guidance"), model.said.get("size")
-        images = images_of(pipeline, 2, labels, steps, scale, prompts, size)
+        number = None if scale is None else guidance_number(type(pipeline).__name__, scale)
+        images = images_of(pipeline, 2, labels, steps, number, prompts, size)
     if not np.isfinite(images).all():
         yield Finding("error", f"a {steps}-step sample holds NaN", "go back to an earlier checkpoint")
     elif images.std() == 0 or ((images <= 0) | (images >= 1)).mean() > 0.99:

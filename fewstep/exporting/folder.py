@@ -22,7 +22,7 @@ from ..nets.extra_inputs import folded, reads, weights_aside
 from ..nets.lora import Adapter
 from .atomic import written_aside
 from .card import provenance, readme, sampling
-from .lora import LORA_FILE, save_lora
+from .lora import check_layout, write_lora
 from .network import class_count, network_of, takes_lengths, takes_prompts
 from .targets import exported, offered_steps, target_for
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fewstep_pipelines import FewStepTimes
 
 README = "README.md"
+SAMPLED = ("schedule", "path", "scheduler", "guidance_scale", "steps", "nfe")  # what a LoRA file says of its sampling
 
 
 def export(
@@ -43,19 +44,22 @@ def export(
     card: Mapping[str, Any],
     adapter: Adapter | None = None,
     around: Surroundings | None = None,
+    lora_layout: str = "diffusers",
 ) -> Path:
     """Writes `module` into the folder `out` and returns its path; an earlier export there is replaced in one rename.
 
     path, schedule: how it is sampled; None for networks that do not generate, which are saved as their family does.
     steps_offered: step counts worth sampling at; default: those whose levels are all in `schedule`.
     card: what else fewstep.json says: method, paper, base, evaluation, scores (rows of a table), licence, ...
-    adapter: also written as a LoRA file; `module` itself is the merged network.
+    adapter: also written as a LoRA file of `lora_layout`; `module` itself is the merged network.
     around: the rest of a latent network's pipeline, which is saved beside it.
-    Raises UserError when `out` holds something else or no scheduler makes the schedule, RunFailed when the disk fails.
+    Raises UserError when `out` holds something else, no scheduler makes the schedule or the layout cannot name a layer,
+    RunFailed when the disk fails.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and ((out / CARD).exists() or not any(out.iterdir()))):
         raise UserError(f"'{out}' holds something that is no export of fewstep: choose another folder")
+    check_layout(lora_layout, adapter, module, family)
     with written_aside(out) as aside:
         said = {"family": family.name, **card}
         if path is None or schedule is None:
@@ -63,9 +67,8 @@ def export(
         else:
             said |= _sampled(module, family, path, schedule, steps_offered, aside, around)
         if adapter is not None:
-            said["lora"] = LORA_FILE
-            sampled: dict[str, Any] = {key: said[key] for key in ("schedule", "path") if key in said}
-            save_lora(adapter, _prefix(family), aside / LORA_FILE, sampled)
+            sampled = {key: said[key] for key in SAMPLED if key in said}
+            said["lora"] = write_lora(adapter, module, family, aside, sampled, lora_layout)
         said |= provenance(aside)
         (aside / CARD).write_text(json.dumps(said, indent=2) + "\n")
         (aside / README).write_text(readme(out.name, said))
@@ -135,7 +138,3 @@ def _save(module: nn.Module, family: Any, folder: Path) -> FewStepTimes | None:
     times = times_of(module, family.facts.time_embedding)
     write_times(times, folder / TIMES)
     return times
-
-
-def _prefix(family: Any) -> str:
-    return family.facts.lora_prefix or family.facts.component if hasattr(family, "facts") else "base_model.model"

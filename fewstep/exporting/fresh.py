@@ -59,13 +59,13 @@ def images_of(
 ) -> Any:
     """Images [rows, height, width, channels] in 0..1. What is None, or no argument of the pipeline's, is not passed.
 
-    size: (height, width) in pixels, for pipelines whose network does not say it.
+    guidance: in the pipeline's own number. size: (height, width) in pixels, for pipelines whose network does not say it.
     """
     takes = inspect.signature(pipeline.__call__).parameters
     said = {
         "batch_size": rows,
         "class_labels": labels,
-        "prompt": prompts,
+        "prompt": None if prompts is None else list(prompts),  # Z-Image's pipeline writes into the list
         "num_inference_steps": steps,
         "guidance_scale": guidance,
     }

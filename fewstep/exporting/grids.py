@@ -12,7 +12,9 @@ from ..maths.paths import FlowPath, Path
 CARRIED = "fewstep_pipelines"  # whose files folders carry
 OWN = f"{CARRIED}:FewStepClassPipeline"
 TEXT = ("FewStepSD3Pipeline", "FewStepSanaPipeline", "FewStepQwenImagePipeline")  # for families with text
-HAND_SIGMAS = (OWN.split(":")[1], *TEXT, "QwenImagePipeline")
+# Z-Image's since diffusers 0.39
+STOCK_SIGMAS = ("QwenImagePipeline", "FluxPipeline", "Lumina2Pipeline", "ZImagePipeline")
+HAND_SIGMAS = (OWN.split(":")[1], *TEXT, *STOCK_SIGMAS)
 SECOND_TIME = ("target", "last", "rescale")  # words of a schedule that the pipelines which folders carry know
 Pairs = list[tuple[float, float]]
 

@@ -20,7 +20,9 @@ from ..errors import UserError
 from ..evaluation.nfe import count_calls
 from ..models.folder import card, refuse_pickles
 from .fresh import given_noise, images_of
+from .guidance_number import guidance_number
 from .index import pipeline_class
+from .inference import set_attention, set_offload
 from .network import class_count, network_of, takes_prompts
 
 
@@ -43,9 +45,16 @@ class Generated:
     guidance: float | None
 
 
-def load_pipeline(folder: str | Path, trust_remote_code: bool = False, device: torch.device | str | None = None) -> Any:
+def load_pipeline(
+    folder: str | Path,
+    trust_remote_code: bool = False,
+    device: torch.device | str | None = None,
+    attention: str | None = None,
+    offload: str | None = None,
+) -> Any:
     """The diffusers pipeline in a local folder, on `device` (default: the GPU if there is one).
 
+    attention, offload: see `inference`; an offloaded pipeline waits on the CPU and computes on `device`.
     Code of the folder runs only with `trust_remote_code`; folders that carry a pipeline of `fewstep_pipelines` need it
     not, because the installed class is used. Raises UserError for a missing or broken folder, a pickle, or such code.
     """
@@ -58,6 +67,12 @@ def load_pipeline(folder: str | Path, trust_remote_code: bool = False, device: t
             pipeline = found.from_pretrained(folder, use_safetensors=True, **trust)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot load '{folder}': {str(error).strip().splitlines()[0]}") from error
+    if attention is not None:
+        with _quiet():
+            set_attention(pipeline, attention, trust_remote_code)
+    if offload is not None:
+        set_offload(pipeline, offload, device)
+        return pipeline
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -128,9 +143,10 @@ def _pixels(
     guidance: float | None,
     prompts: list[str] | None,
 ) -> Any:
+    number = None if guidance is None else guidance_number(type(pipeline).__name__, guidance)
     try:
         with given_noise(pipeline, addresses(draw)):
-            return images_of(pipeline, draw.rows, labels, steps, guidance, prompts, _card(pipeline).get("size"))
+            return images_of(pipeline, draw.rows, labels, steps, number, prompts, _card(pipeline).get("size"))
     except ValueError as error:  # a number of steps or a guidance that the scheduler or pipeline cannot do
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{type(pipeline).__name__} refuses steps={steps}, guidance={guidance}: {reason}") from error

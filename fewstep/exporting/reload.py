@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import RunFailed, UserError
 from ..models.folder import card
 from . import fresh
+from .guidance_number import guidance_number
 
 TOLERANCE = 1e-4
 # On DDPM tables the first x0 = (x - sigma eps) / alpha divides by alpha = .068, and a decoder's hundred layers follow, so
@@ -88,7 +89,7 @@ def fresh_samples(
     """
     words = {
         "steps": json.dumps(list(steps) or [len(said["schedule"]["u"])]),
-        "guidance": str(said["schedule"]["guidance"]),
+        "guidance": str(guidance_number(said["pipeline"], said["schedule"]["guidance"])),
         "trust": "yes" if said["remote_code"] else "no",
         "prompts": json.dumps(list(prompts) if said["prompts"] and prompts else None),
         "size": json.dumps(said.get("size")),

@@ -33,7 +33,8 @@ class Target:
     labels: True for class-conditional networks only, False for unconditional ones only, None for both.
     pipeline: "module:Class". scheduler: class in diffusers. config(path, schedule): what the scheduler is made with.
     trained(path): the path to train on so that this scheduler's pairs are met.
-    guides: the pipeline does classifier-free guidance. decodes: it turns latents into images.
+    guides: the pipeline does classifier-free guidance. always: it does, in a way that no schedule means, unless it is
+    told a guidance_scale of 1. decodes: it turns latents into images.
     embeds: it feeds its guidance_scale to a network that has that input, and does not guide such a network.
     times: it tells a second time to a network that reads one. rescales: it knows energy-preserving guidance.
     defaults(path, schedule): what the pipeline is made with, for those whose files folders carry.
@@ -48,6 +49,7 @@ class Target:
     labels: bool | None = None
     trained: Callable[[Any], Path] = _same
     guides: bool = False
+    always: bool = False
     decodes: bool = False
     embeds: bool = False
     times: bool = False
@@ -83,7 +85,7 @@ class Target:
             return "embedded"
         if self.embeds and schedule.guidance == 1:
             return "baked"
-        return "cfg" if self.guides else "none"
+        return "cfg" if self.guides or self.always else "none"
 
 
 def scheduler_class(name: str) -> Any:
@@ -135,15 +137,15 @@ def _plain(path: FlowPath) -> FlowPath:
     return FlowPath(path.shift, path.num_train_timesteps)
 
 
-def _text(pipeline: str) -> tuple[Target, ...]:
-    """Rows of a stock text-to-image pipeline on DDPM tables."""
+def _text(pipeline: str, embeds: bool = True) -> tuple[Target, ...]:
+    """Rows of a stock text-to-image pipeline on DDPM tables; embeds: its networks may have a guidance input."""
 
     def row(kind: Kind, scheduler: str, config: Callable[[Any, Schedule], dict[str, Any]]) -> Target:
         def offset(path: Any, schedule: Schedule) -> dict[str, Any]:
             return {**config(path, schedule), "steps_offset": 1}  # unused here, but the pipeline insists on it
 
         place = f"diffusers:{pipeline}"
-        return Target(pipeline, "vp", kind, place, scheduler, offset, guides=True, decodes=True, embeds=True)
+        return Target(pipeline, "vp", kind, place, scheduler, offset, guides=True, decodes=True, embeds=embeds)
 
     return row("renoise", "LCMScheduler", _lcm), row("ode", "DDIMScheduler", _ddim)
 
@@ -167,14 +169,16 @@ def _flow_text(pipeline: str) -> tuple[Target, ...]:
     )
 
 
-def _sigmas_text(pipeline: str) -> tuple[Target, ...]:
+def _sigmas_text(pipeline: str, **more: bool) -> tuple[Target, ...]:
     """Rows of a stock text-to-image pipeline that hands its scheduler sigmas, on the flow path.
 
-    Its own guidance rescales what it guides, which no schedule means: these rows are for students without.
+    Its own guidance rescales what it guides, which no schedule means, or needs a negative prompt: these rows are for
+    students without. more: words of `Target`.
     """
 
     def row(kind: Kind, scheduler: str) -> Target:
-        return Target(pipeline, "flow", kind, f"diffusers:{pipeline}", scheduler, _flow, trained=_plain, decodes=True)
+        words: dict[str, Any] = {"trained": _plain, "decodes": True, **more}
+        return Target(pipeline, "flow", kind, f"diffusers:{pipeline}", scheduler, _flow, **words)
 
     # These pipelines hand their generator to no scheduler: with the second one `torch.manual_seed` repeats an image.
     return row("ode", "FlowMatchEulerDiscreteScheduler"), row("renoise", "FlowMatchLCMScheduler")
@@ -240,9 +244,13 @@ TARGETS: tuple[Target, ...] = (
     Target(_PIXELS, "vp", "renoise", _CONSISTENCY, "LCMScheduler", _lcm),
     *_text("StableDiffusionPipeline"),
     *_text("StableDiffusionXLPipeline"),
+    *_text("PixArtSigmaPipeline", embeds=False),
     *_flow_text("StableDiffusion3Pipeline"),
     *_flow_text("SanaPipeline"),
     *_sigmas_text("QwenImagePipeline"),
+    *_sigmas_text("ZImagePipeline", guides=True),
+    *_sigmas_text("FluxPipeline", embeds=True),
+    *_sigmas_text("Lumina2Pipeline", always=True),
     *_carried_text("StableDiffusion3Pipeline", "FewStepSD3Pipeline"),
     *_carried_text("SanaPipeline", "FewStepSanaPipeline"),
     *_carried_text("QwenImagePipeline", "FewStepQwenImagePipeline"),

@@ -169,6 +169,12 @@ def _no_target(family: DiffusionFamily, path: Path, schedule: Schedule, reads: S
             f"no pipeline tells a {family.name} student its second time: write `student: {{tune: lora}}` with "
             "config.sampler: few, or sampler: multi"
         )
+    guided = schedule.guidance != 1 and not schedule.embedded
+    if guided and serving and not any(row.guides for row in serving):
+        return UserError(
+            f"{family.facts.pipeline} rescales what it guides or guides not at all, which no schedule means: train the "
+            "student with the teacher's guidance_scale inside, so that it is sampled without"
+        )
     return UserError(
         f"no diffusers scheduler makes these {schedule.steps} levels of a {kind_of(path)} path with '{schedule.kind}' "
         "from its config: train on the levels that exporting.targets.training_path gives, e.g. 1, 2, 4 or 8 evenly "

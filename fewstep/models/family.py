@@ -56,6 +56,9 @@ class Surroundings(Protocol):
     def key(self) -> str:
         """Hex digest of the encoders' weights; stores of latents and embeddings are keyed by it."""
 
+    def release(self) -> None:
+        """Lets go of all parts; one that is asked for again is loaded again. Conditions that were remembered stay."""
+
 
 class Family(Protocol):
     """What roles and export ask of any family; diffusion families answer through `DiffusionFamily`."""

@@ -44,6 +44,11 @@ def cached(name: str) -> Path | None:
         return None
 
 
+def is_hub_id(source: object) -> bool:
+    """Whether this is `owner/name`."""
+    return isinstance(source, str) and _ID.fullmatch(source) is not None
+
+
 def _absent(source: str) -> str:
     mend = "give the path of an exported model or of a pipeline saved by diffusers"
     if _ID.fullmatch(source) is None:

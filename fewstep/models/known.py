@@ -30,4 +30,8 @@ KNOWN: Mapping[str, Known] = {
     "Qwen/Qwen-Image": Known("qwen_image", {"size": "20b"}),
     "black-forest-labs/FLUX.1-dev": Known("flux", {"size": "dev"}),
     "black-forest-labs/FLUX.1-schnell": Known("flux", {"size": "schnell"}),
+    "Tongyi-MAI/Z-Image": Known("z_image", {"size": "6b", "shift": 6.0}),
+    "Tongyi-MAI/Z-Image-Turbo": Known("z_image", {"size": "6b"}),
+    "Alpha-VLLM/Lumina-Image-2.0": Known("lumina2", {"size": "2b"}),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Known("pixart_sigma", {"size": "xl"}),
 }

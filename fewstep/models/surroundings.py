@@ -137,6 +137,10 @@ class PipelineSurroundings:
         found = {name: self.part(name) if self._has(name) else None for name in self.classes}
         return {**found, **dict.fromkeys(self.absent), **self.options()}
 
+    def release(self) -> None:
+        """Lets go of all parts; one that is asked for again is loaded again. Conditions that were remembered stay."""
+        self._loaded = {name: found for name, found in self._loaded.items() if isinstance(found, Cond)}
+
     def options(self) -> dict[str, Any]:
         """Settings that the stock pipeline's constructor takes besides parts."""
         return {}

@@ -10,10 +10,11 @@ FROZEN = {
     "demo": "--out --full --quiet --json",
     "train": "recipe overrides --out --resume --stage --quiet --json",
     "sample": "model --n -n --seed --out --steps --guidance --labels --prompt --length --format "
-    "--noise-scale --cath --trust-remote-code --json",
+    "--noise-scale --cath --attention --offload --trust-remote-code --json",
     "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --length "
-    "--noise-scales --compared --json",
-    "export": "run --to --checkpoint --json",
+    "--noise-scales --compared --design --fold --json",
+    "export": "run --to --checkpoint --lora-layout --push --private --yes --json",
+    "convert": "file --to --steps --noise-scale --prefix --order --json",
     "plan": "recipe overrides --json --memory",
     "doctor": "model --json",
     "methods": "--json",

@@ -10,6 +10,7 @@ import pytest
 
 from fewstep.cli.main import main
 from fewstep.cli.sample import hint
+from fewstep.data.chains import Chains
 from fewstep.exporting.chains import generate_chains
 from tests.exporting.protein_students import protein_student
 from tests.exporting.students import student
@@ -106,3 +107,54 @@ def test_a_model_of_images_writes_a_grid_by_default(tmp_path, capsys, monkeypatc
     assert _answer(capsys, pixels, "-n", 1)["file"] == "grid.png"
     assert (tmp_path / "grid.png").exists()
     assert hint(pixels).endswith("--out grid.png")
+
+
+def _labelled(folder, names):
+    (folder / "cath.csv").write_text(
+        "name,cath\n" + "".join(f"{n},{c}\n" for n, c in zip(names, ("3.40.50", "1.10.8")))
+    )
+    (folder / "pairs.csv").write_text("length,cath\n44,3.40.50\n48,1.10.8\n")
+    (folder / "folds.txt").write_text("1.10.8\n2.60.40\n3.40.50\n")
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "pair_width": 8, "index_width": 8, "time_width": 8}
+    bounds = {"shortest": 40, "longest": 48, "folds": str(folder / "folds.txt")}
+    teacher = {
+        "method": "protein_flow_matching",
+        "student": {"from": "protein_flow", "build": {**sizes, "cath_classes": [3, 3, 3]}},
+        "config": {"steps": 4, "renewal": 0.5},
+        "data": {"train": {"source": "chains", "labels": str(folder / "cath.csv"), **bounds}},
+        "train": {"steps": 2, "batch": 4, "check_export": False},
+    }
+    student = {
+        "method": "sid_protein",
+        "teacher": {"from": str(folder / "teacher" / "model")},
+        "config": {"steps": 2},
+        "data": {"train": {"source": "lengths", "pairs": str(folder / "pairs.csv"), **bounds}},
+        "train": {"steps": 1, "batch": 2, "check_export": False},
+    }
+    for name, said in (("teacher", teacher), ("student", student)):
+        (folder / f"{name}.yaml").write_text(json.dumps(said))
+
+
+def test_a_teacher_of_labelled_chains_and_its_student_are_asked_for_a_cath_code(tmp_path, capsys):
+    """From tables of folds to designs of one; another count of classes is refused before training."""
+    names = [c.name for c in Chains(shortest=40, longest=48).chains]
+    _labelled(tmp_path, names)
+    train = [str(tmp_path / "teacher.yaml"), "--out", str(tmp_path / "teacher"), "--quiet"]
+    assert main(["train", *train, "student.build.cath_classes=[2,2,2]"]) == 2
+    assert "data.train has (3, 3, 3) fold classes and the network (2, 2, 2)" in capsys.readouterr().err
+    assert main(["train", *train]) == 0
+    assert main(["train", str(tmp_path / "student.yaml"), "--out", str(tmp_path / "student"), "--quiet"]) == 0
+    capsys.readouterr()
+    for run in ("teacher", "student"):
+        model, words = tmp_path / run / "model", ("-n", 1, "--length", 12, "--guidance", 2)
+        by_code = _answer(capsys, model, *words, "--cath", "3.40.50", "--out", tmp_path / f"{run}1")
+        by_number = _answer(capsys, model, *words, "--cath", "3,3,3", "--out", tmp_path / f"{run}2")
+        assert Path(by_code["files"][0]).read_text() == Path(by_number["files"][0]).read_text()
+        assert main(["sample", str(model), "--cath", "4.10.1"]) == 2
+        assert "fold 4.10.1 is not among the 3 that are known here" in capsys.readouterr().err
+
+
+def test_a_model_that_names_no_codes_asks_for_numbers(model, capsys):
+    """It may have been made elsewhere."""
+    assert main(["sample", str(model), "--cath", "3.40.50"]) == 2
+    assert "names no CATH codes, so write its labels" in capsys.readouterr().err

@@ -66,10 +66,10 @@ def test_the_centre_square_is_kept(tmp_path):
 
 def test_only_the_pictures_of_a_fetch_are_decoded(folder, monkeypatch):
     seen = []
-    from fewstep.data import captions
+    from fewstep.data import pictures
 
-    decode = captions.decode
-    monkeypatch.setattr(captions, "decode", lambda file, *more: seen.append(file.name) or decode(file, *more))
+    decode = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda file, *more: seen.append(file.name) or decode(file, *more))
     source = _source(folder)
     assert seen == []
     source.fetch(torch.tensor([3, 5]), None)

@@ -81,6 +81,13 @@ def test_of_alternative_places_the_first_counts(tmp_path):
     assert len(chain.x) == 3 and chain.x[1, 1] == 1
 
 
+def test_chains_with_the_same_coordinates_count_once(tmp_path):
+    """The first of them."""
+    x = walk(30)
+    made = atoms(x, "A") + atoms(x[::-1], "B") + atoms(x, "C")
+    assert [c.name for c in read_chains(write(tmp_path / "one.cif", made))] == ["one_A", "one_B"]
+
+
 def test_a_gap_makes_two_pieces(tmp_path):
     """Where CA are further apart than a bond."""
     x = walk(30)

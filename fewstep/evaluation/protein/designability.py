@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,35 @@ from .similarity import rmsd
 
 Design = Callable[[Coords, int, float], Sequence[str]]
 Fold = Callable[[str], Coords]
+SEQUENCES, TEMPERATURE, WITHIN = 8, 0.1, 2.0
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who designs sequences and who folds them; `name` tells both, for the protocol of the score."""
+
+    design: Design
+    fold: Fold
+    name: str
+
+    @classmethod
+    def named(cls, design: str, fold: str) -> Judges:
+        """design: "module:function" of an importable module. fold: that, or a local folder of ESMFold.
+
+        UserError for a module or function that is not there, and for a folder that is none of ESMFold.
+        """
+        from .esmfold import esmfold
+
+        folding = _function(fold, "--fold") if ":" in fold else esmfold(fold)
+        return cls(_function(design, "--design"), folding, f"{design} + {fold}")
+
+
+def _function(place: str, option: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{option}={place}: write module:function of one that can be imported ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -45,9 +76,9 @@ def designability(
     chains: Sequence[Coords],
     design: Design,
     fold: Fold,
-    sequences: int = 8,
-    temperature: float = 0.1,
-    within: float = 2.0,
+    sequences: int = SEQUENCES,
+    temperature: float = TEMPERATURE,
+    within: float = WITHIN,
 ) -> Designability:
     """Share of `chains` [residues, 3] in Angstrom of which a designed sequence folds back to less than `within` Angstrom.
 
@@ -58,7 +89,9 @@ def designability(
     return Designability(float(np.mean([d.rmsd < within for d in best])) if best else float("nan"), best)
 
 
-def self_consistency(x: Coords, design: Design, fold: Fold, sequences: int = 8, temperature: float = 0.1) -> Designed:
+def self_consistency(
+    x: Coords, design: Design, fold: Fold, sequences: int = SEQUENCES, temperature: float = TEMPERATURE
+) -> Designed:
     """The sequence of `sequences` designed ones that folds nearest to x; RMSD infinite where x is not finite."""
     if not np.isfinite(x).all():
         return Designed(float("inf"), "")

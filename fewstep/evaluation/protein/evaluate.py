@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..manifest import METRICS_FILE, Protocol, Score, write_scores
+from .designability import SEQUENCES, TEMPERATURE, WITHIN, Judges, designability
 from .files import STRUCTURES, Made, Maker, Reference, holds_chains, load_reference, make, read, write_chain
 from .geometry import Coords
 from .page import write_page
@@ -44,12 +45,14 @@ def evaluate_chains(
     out: str | Path | None = None,
     compared: int = MOST_COMPARED,
     maker: Maker | None = None,
+    judges: Judges | None = None,
 ) -> dict[str, Any]:
     """Scores `model`, an exported protein model (n chains are made) or a folder of structure files (n None: all of them).
 
     n: default 100 of a model. lengths: residues, round and round over the chains. reference: a folder of structure files,
     or "chains" for the shipped real ones; adds novelty, `w1_*` and `energy`. steps, noise_scale: default the model's own.
     compared: chains that are aligned with each other. maker: in place of `exporting.chains.generate_chains`.
+    judges: who design and fold; adds `designable`, the share of chains for which some sequence folds back within 2 A.
 
     Returns `model, n, lengths, seed`, how the chains were made (`nfe, ms_per_chain, steps, timesteps, scheduler,
     noise_scale, seconds_per_100, effective_seconds`), `values` and `scores` (each value with its protocol).
@@ -63,8 +66,11 @@ def evaluate_chains(
         made = read(folder, n)
     found = [described(x) for x in made.chains]
     values = scores_of(found, real.chains if real else (), compared)
-    scores = [Score(value, _protocol(name, made, real, compared)) for name, value in values.items()]
-    facts = {**made.facts, **_times(made, values["valid"])}
+    if judges is not None:
+        values["designable"] = designability(made.chains, judges.design, judges.fold).share
+    told = [(value, _protocol(name, made, real, compared)) for name, value in values.items()]
+    scores = [Score(value, _judged(p, judges) if p.metric == "designable" else p) for value, p in told]
+    facts = {**made.facts, **_times(made, values.get("designable", values["valid"]))}
     if out is not None:
         _write(made, found, scores, Path(out), {"seed": seed, **facts}, real)
     return {
@@ -106,6 +112,11 @@ def _protocol(name: str, made: Made, real: Reference | None, compared: int) -> P
         resize=aligned,
         reference=f"{against}, lengths {made.lengths}",
     )
+
+
+def _judged(protocol: Protocol, judges: Judges | None) -> Protocol:
+    name = judges.name if judges is not None else "none"
+    return replace(protocol, features=name, resize=f"{SEQUENCES} sequences at {TEMPERATURE}, within {WITHIN:g} A")
 
 
 def _write(

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...data.batch import Cond
+from ...data.folds import check_folds
 from ...maths.log_path import teacher_schedule
 from ...maths.paths import add_noise
 from ...maths.scalars import Scalar
@@ -64,6 +65,11 @@ class ProteinFlowMatching(DiffusionMethod):
         """The network, and the head that tells distances while it trains."""
         student = Role("student", "full", defaults={"ema": 0.999})
         return (student, Role("distogram", "full", build=_head)) if self._tells_distances else (student,)
+
+    def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
+        """As in `Method`; UserError when the data's folds are not the network's."""
+        super().bind(handles, sources, stores)
+        check_folds(sources, self.student.module)
 
     @property
     def _tells_distances(self) -> bool:

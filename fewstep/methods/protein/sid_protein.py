@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...data.batch import Cond
+from ...data.folds import check_folds
 from ...maths.log_path import FIRST, PER_DECADE, LogFlowPath, few_step_schedule
 from ...maths.scalars import Scalar
 from ...maths.solvers import Schedule
@@ -68,6 +69,11 @@ class SiDProtein(SiD):
             Role("student", "full", "teacher", defaults=student),
             Role("fake_score", "full", "teacher", defaults=fake),
         )
+
+    def bind(self, handles: Mapping[str, Any], sources: Mapping[str, Any], stores: Mapping[str, Any]) -> None:
+        """As of `SiD`; UserError when the data's folds are not the network's."""
+        super().bind(handles, sources, stores)
+        check_folds(sources, self.student.module)
 
     def fake_level(self, draw: Draw) -> Tensor:
         """t [rows]: the law the teacher was trained with, within `levels`."""

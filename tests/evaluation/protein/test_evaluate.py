@@ -231,3 +231,26 @@ def test_options_of_chains_are_refused_for_images(tmp_path, capsys):
 def test_a_short_helix_of_one_file_needs_no_second_chain(tmp_path):
     write_chain(helix(16), tmp_path / "h.pdb")
     assert "diversity" not in evaluate_chains(tmp_path)["values"]
+
+
+def test_designability_is_scored_by_functions_that_the_command_names(structures, tmp_path, monkeypatch, capsys):
+    """Half of the chains fold back; the score says who judged, and one of the two alone is refused."""
+    (tmp_path / "judges.py").write_text(
+        "chains = []\n"
+        "def design(x, k, temperature):\n    chains.append(x)\n    return [str(len(chains) - 1)] * k\n"
+        "def fold(sequence):\n    i = int(sequence)\n    return chains[i] * (1 if i % 2 else 3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["evaluate", str(structures), "--design", "judges:design"]
+    assert main([*words, "--fold", "judges:fold", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["values"]["designable"] == 0.5
+    (score,) = (s for s in found["scores"] if s["metric"] == "designable")
+    assert score["features"] == "judges:design + judges:fold" and score["resize"] == "8 sequences at 0.1, within 2 A"
+    for wrong, said in (
+        ([], "takes both --design module:function and --fold FOLDER, or neither"),
+        (["--fold", "judges:none"], "--fold=judges:none: write module:function"),
+        (["--fold", str(tmp_path)], "is no ESMFold folder"),
+    ):
+        assert main([*words, *wrong]) == 2
+        assert said in capsys.readouterr().err
