@@ -75,10 +75,5 @@ class DiTFamily(DiffusionFamily):
         """diffusers' label embedding keeps one row more than there are classes."""
         return cond.with_(label=cond["label"].new_full(cond["label"].shape, settings(module).num_embeds_ada_norm))
 
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, size, size]"""
-        c = settings(module)
-        return (c.in_channels, c.sample_size, c.sample_size)
-
 
 DIT = DiTFamily()

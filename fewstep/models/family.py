@@ -200,19 +200,22 @@ class DiffusionFamily:
         return sample[:, : x.shape[1]] if self.facts.out_channels == "half" else sample
 
     def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """The condition that stands for "none", with the rows of `cond`. Raises UserError when the network has none."""
-        raise NotImplementedError
+        """The condition that stands for "none", with the rows of `cond`. UserError: of prompts it takes the pipeline."""
+        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
 
     def blank(self, module: nn.Module) -> Cond:
         """One row of a condition of the right shapes that means nothing, to ask a network for its sizes."""
         return Cond(label=torch.zeros(1, dtype=torch.long))
 
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """Shape of one row of the network's input, [channels, height, width]."""
-        raise NotImplementedError
+        """[channels, height, width] of one row: the data's where it was told, else what the config says."""
+        c = settings(module)
+        return getattr(module, "latent_shape", (c.in_channels, c.sample_size, c.sample_size))
 
     def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """Tells a network of `latent.any_size` the data's shape of a row, None where there are prompts alone."""
+        """A network of `latent.any_size` remembers the data's shape of a row; None where there are prompts alone."""
+        if shape is not None and self.facts.latent.any_size:
+            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
     def shape(self, module: nn.Module, cond: Cond) -> tuple[int, ...]:
         """Shape of one row for this condition, where it says one (a length); else `row_shape`."""

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..data.batch import Cond
-from ..errors import UserError
 from .build import parse
 from .family import DiffusionFamily, Facts, Latent, Loaded, settings
 from .flow_sizes import preset
@@ -149,23 +148,9 @@ class Lumina2Family(DiffusionFamily):
         """v, which is what the network answers with the other sign."""
         return -super().unpack(module, output, x)
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoder."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         return Cond(prompt_embeds=torch.zeros(1, 1, settings(module).cap_feat_dim), mask=torch.ones(1, 1).long())
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, height, width] of latents: the data's, or without data those that the pipeline draws."""
-        c = settings(module)
-        return getattr(module, "latent_shape", (c.in_channels, c.sample_size, c.sample_size))
-
-    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """The network takes any size, so that of the data is remembered beside it."""
-        if shape is not None:
-            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
 
 def _counted(mask: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data.batch import Cond
-from ..errors import UserError
 from .family import DiffusionFamily, settings
 
 SIDE = 128  # of the latents that the pipelines draw unless they are told a size
@@ -21,18 +19,9 @@ class PatchedFamily(DiffusionFamily):
         """The network's answer as latents."""
         return latents(super().unpack(module, output, x), x.shape[2:])
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoders."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, height, width] of latents: the data's, or without data those that the pipeline draws."""
+        """The data's, or without data those that the pipeline draws."""
         return getattr(module, "latent_shape", (settings(module).in_channels // 4, SIDE, SIDE))
-
-    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """The network takes any size, so that of the data is remembered beside it."""
-        if shape is not None:
-            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
 
 def patches(x: Tensor) -> Tensor:

@@ -153,23 +153,9 @@ class PixArtSigmaFamily(DiffusionFamily):
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoder."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         return Cond(prompt_embeds=torch.zeros(1, 1, settings(module).caption_channels), mask=torch.ones(1, 1).long())
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, height, width] of latents: the data's, or without data those of the config."""
-        c = settings(module)
-        return getattr(module, "latent_shape", (c.in_channels, c.sample_size, c.sample_size))
-
-    def fit(self, module: nn.Module, shape: Sequence[int] | None) -> None:
-        """The network takes any size, so that of the data is remembered beside it."""
-        if shape is not None:
-            module.latent_shape = tuple(shape)  # type: ignore[assignment]
 
 
 PIXART_SIGMA = PixArtSigmaFamily()

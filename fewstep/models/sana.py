@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Cond
-from ..errors import UserError
 from .build import parse
 from .family import DiffusionFamily, Facts, Latent, Loaded, settings
 from .flow_sizes import PATH, SANA_SIZES, SanaConfig, preset
@@ -114,18 +113,9 @@ class SanaFamily(DiffusionFamily):
             "encoder_attention_mask": cond["mask"],
         }
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoder."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         return Cond(prompt_embeds=torch.zeros(1, 1, settings(module).caption_channels), mask=torch.ones(1, 1).long())
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, size, size] of latents."""
-        c = settings(module)
-        return (c.in_channels, c.sample_size, c.sample_size)
 
 
 SANA = SanaFamily()

@@ -167,10 +167,6 @@ class StableDiffusionFamily(DiffusionFamily):
         nn.init.zeros_(copied.time_embedding.cond_proj.weight)  # type: ignore[union-attr, arg-type]
         return copied
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoder."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token."""
         return Cond(prompt_embeds=torch.zeros(1, 1, settings(module).cross_attention_dim))

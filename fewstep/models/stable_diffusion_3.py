@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Cond
-from ..errors import UserError
 from .build import parse
 from .family import DiffusionFamily, Facts, Latent, Loaded, settings
 from .flow_sizes import PATH, SD3_SIZES, StableDiffusion3Config, preset
@@ -95,20 +94,11 @@ class StableDiffusion3Family(DiffusionFamily):
             "pooled_projections": cond["pooled"].to(x),
         }
 
-    def null(self, module: nn.Module, cond: Cond) -> Cond:
-        """UserError: it takes the pipeline's text encoders."""
-        raise UserError(f"a {self.name} network alone has no unconditional branch: load it from a pipeline folder")
-
     def blank(self, module: nn.Module) -> Cond:
         """Text states of one token, and a pooled text."""
         c = settings(module)
         embeds, pooled = torch.zeros(1, 1, c.joint_attention_dim), torch.zeros(1, c.pooled_projection_dim)
         return Cond(prompt_embeds=embeds, pooled=pooled)
-
-    def row_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """[channels, size, size] of latents."""
-        c = settings(module)
-        return (c.in_channels, c.sample_size, c.sample_size)
 
 
 SD3 = StableDiffusion3Family()
