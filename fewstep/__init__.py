@@ -17,6 +17,8 @@ _API = {
     "train": "fewstep.engine.trainer",
     "sample": "fewstep.exporting.pipeline",
     "evaluate": "fewstep.evaluation.evaluate",
+    "run_protocol": "fewstep.evaluation.protocol_run",
+    "compare_runs": "fewstep.evaluation.compare",
     "export": "fewstep.engine.exporting",
     "plan": "fewstep.engine.plan",
     "doctor": "fewstep.exporting.doctor",

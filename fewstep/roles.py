@@ -78,6 +78,9 @@ class RoleSpec(BaseModel):
     ema_half_life: float | None = Field(default=None, gt=0, description="in samples, instead of `ema`")
     ema_rampup: float | None = Field(default=0.05, gt=0, description="half-life at most so many times the samples seen")
     gradient_checkpointing: bool = False
+    weights: Literal["float32", "bf16"] = Field(
+        default="float32", description="as which a base that is not trained is held; bf16 takes train.precision: bf16"
+    )
 
     @model_validator(mode="after")
     def _one_average(self) -> RoleSpec:
@@ -163,6 +166,11 @@ class Handle:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.module.parameters()).device
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its base is held in bfloat16."""
+        return any(p.dtype == torch.bfloat16 for p in self.module.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, seen through this role's adapter."""
@@ -302,9 +310,18 @@ def merged(handle: Handle) -> nn.Module:
     """A copy of the base with the adapter folded into its weights; what `model/` holds. Uses EMA weights when there are any."""
     with handle.averaged():
         module = copy.deepcopy(handle.module)
+        if handle.narrow:
+            hold(module, torch.float32)  # in which the base is exact, and the sum is made
         if handle.adapter is not None:
             handle.adapter.merge_into(module)
     return module.requires_grad_(False)
+
+
+def hold(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` itself, its parameters in `dtype`. Buffers, which are tables of places and frequencies, stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def part_of(tensor: Tensor, other: Tensor) -> Tensor:
@@ -319,7 +336,11 @@ def part_of(tensor: Tensor, other: Tensor) -> Tensor:
 def merge_spec(role: Role, spec: RoleSpec | None) -> RoleSpec:
     """The role's defaults with the recipe's words on top."""
     said = spec.model_dump(by_alias=True, exclude_unset=True) if spec is not None else {}
-    return RoleSpec.model_validate(_overlay(dict(role.defaults), said))
+    usual = dict(role.defaults)
+    for one, other in (("ema", "ema_half_life"), ("ema_half_life", "ema")):
+        if said.get(one) is not None:
+            usual.pop(other, None)  # two ways to say the same
+    return RoleSpec.model_validate(_overlay(usual, said))
 
 
 def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,10 +351,15 @@ def _overlay(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assemble(
-    roles: Sequence[Role], specs: Mapping[str, RoleSpec], seed: int, device: torch.device | str = "cpu"
+    roles: Sequence[Role],
+    specs: Mapping[str, RoleSpec],
+    seed: int,
+    device: torch.device | str = "cpu",
+    fit: Callable[[Handle], None] = lambda _: None,
 ) -> dict[str, Handle]:
     """Builds every role's network once and returns the handles, in the order in which they depend on each other.
 
+    fit: told of each network as it comes, before parts are built on it.
     Raises UserError when a role has no source, a source does not exist, or roles start from each other in a circle.
     """
     handles: dict[str, Handle] = {}
@@ -345,6 +371,7 @@ def assemble(
             raise UserError(f"roles start from each other in a circle: {', '.join(r.name for r in waiting)}")
         for role in ready:
             handles[role.name] = _handle(role, merge_spec(role, specs.get(role.key)), handles, seed, device)
+            fit(handles[role.name])
             waiting.remove(role)
     return {role.name: handles[role.name] for role in roles}
 
@@ -380,6 +407,9 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
         loaded = _load(role, spec, source, handles)
         module = _upgraded(loaded.module, role, loaded.family, tune).to(device)
         module = module.requires_grad_(tune == "full").train(role.train_mode)
+        if spec.weights == "bf16":
+            _check_untrained(role, tune)
+            hold(module, torch.bfloat16)
         if spec.gradient_checkpointing:
             checkpointed(module)
         adapter = _adapter(module, spec, loaded.family, role).to(device) if tune == "lora" else None
@@ -387,14 +417,23 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
     return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin, loaded.around)
 
 
+def _check_untrained(role: Role, tune: Tune) -> None:
+    if tune == "full":
+        raise UserError(
+            f"{role.name}.weights: bf16 is too coarse for weights that are trained: tune it by lora, or leave it"
+        )
+
+
 def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
+    if spec.weights == "bf16":
+        raise UserError(f"{role.name}.weights: it starts from {base.name}, so say {base.name}.weights")
     if tune != "full":  # one copy of the weights: a view
         _upgraded(base.module, role, base.family, tune)
         adapter = _adapter(base.module, spec, base.family, role).to(base.device) if tune == "lora" else None
         if spec.gradient_checkpointing:
             checkpointed(base.module)
         return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin, base.around)
-    module = merged(base) if base.adapter is not None else copy.deepcopy(base.module)
+    module = hold(merged(base) if base.adapter is not None else copy.deepcopy(base.module), torch.float32)
     module = _upgraded(module, role, base.family, tune)
     module.requires_grad_(True).train(role.train_mode)
     if spec.gradient_checkpointing:
@@ -405,17 +444,21 @@ def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
 def _upgraded(module: nn.Module, role: Role, family: str | None, tune: Tune) -> nn.Module:
     """`module` with the inputs that the role adds; those that it reads already stay as they were trained.
 
-    An adapter holds low-rank changes only and no new layer: it reads a second time and a sign from the label.
+    An adapter holds low-rank changes only and no new layer: it reads a second time and a sign from the label, and a
+    guidance where the base does.
     """
     added = [name for name in role.adds if name not in reads(module)]
     if not added or (tune == "lora" and not reads(module) and set(added) <= set(RELATIVE)):
+        return module
+    known = FAMILIES.get(str(family))
+    if added == ["guidance"] and known.embeds_guidance(module):
         return module
     if tune != "full":
         raise UserError(
             f"{role.name}.tune is {tune}, but the network gains an input ({', '.join(added)}): write tune: full, or "
             "switch the input off in `config`"
         )
-    return FAMILIES.get(str(family)).upgrade(module, added)
+    return known.upgrade(module, added)
 
 
 def _load(role: Role, spec: RoleSpec, source: str | None, handles: Mapping[str, Handle]) -> Loaded:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.roles import Role, RoleSpec, assemble, merged
+from fewstep.roles import Role, RoleSpec, assemble, merge_spec, merged
 
 TEACHER = RoleSpec.model_validate(
     {"from": "unet2d", "build": {"sample_size": 8, "classes": 10, "block_out_channels": [8, 16], "norm_num_groups": 4}}
@@ -121,3 +121,50 @@ def test_a_built_part_waits_for_the_roles_declared_before_it():
     roles = (Role("student", tune="lora", init="teacher"), Role("head", tune="full", build=head), Role("teacher"))
     assemble(roles, specs(), seed=0)
     assert seen == [["student", "teacher"]]
+
+
+def test_a_recipe_that_says_how_weights_are_averaged_replaces_the_papers_other_way():
+    """`ema` and `ema_half_life` are two ways of saying one thing, of which the recipe's counts."""
+    paper = Role("student", defaults={"ema": 0.999})
+    spec = merge_spec(paper, RoleSpec(ema_half_life=640))
+    assert (spec.ema, spec.ema_half_life) == (None, 640)
+    spec = merge_spec(Role("student", defaults={"ema_half_life": 640}), RoleSpec(ema=0.9))
+    assert (spec.ema, spec.ema_half_life) == (0.9, None)
+    assert merge_spec(paper, RoleSpec(ema=None)).ema is None
+
+
+def test_a_base_that_is_not_trained_is_held_in_bfloat16_and_merged_in_float32():
+    """Half the memory; the student's network is the base as it is held plus the change, without rounding it again."""
+    teacher = TEACHER.model_copy(update={"weights": "bf16"})
+    handles = assemble(ROLES, {"teacher": teacher}, seed=0)
+    student, exact = handles["student"], assemble(ROLES, specs(), seed=0)["teacher"]
+    assert student.narrow and {p.dtype for p in student.adapter.parameters()} == {torch.float32}
+    for up in student.adapter.up.values():
+        torch.nn.init.normal_(up.weight)
+    whole = merged(student)
+    for name, weight in exact.module.named_parameters():
+        wanted = weight.bfloat16().float()
+        key = name.removesuffix(".weight").replace(".", "/")
+        if key in student.adapter.down:
+            wanted = wanted + student.adapter.delta(key)
+        assert torch.equal(whole.get_parameter(name), wanted)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([100.0, 900.0])
+    handles["teacher"].autocast = exact.autocast = torch.bfloat16
+    one, two = (h(x, t, class_labels=torch.tensor([1, 2])).sample for h in (handles["teacher"], exact))
+    assert (one - two).norm() < 0.02 * two.norm()
+
+
+@pytest.mark.parametrize(
+    ("role", "said", "message"),
+    [
+        ("teacher", {"tune": "full"}, "too coarse for weights that are trained"),
+        ("student", {}, "it starts from teacher, so say teacher.weights"),
+    ],
+)
+def test_weights_that_are_trained_or_another_roles_are_not_held_in_bfloat16(role, said, message):
+    """With the key to write."""
+    given = specs()
+    spec = given.get(role, RoleSpec())
+    given[role] = spec.model_copy(update={"weights": "bf16", **said})
+    with pytest.raises(UserError, match=message):
+        assemble(ROLES, given, seed=0)

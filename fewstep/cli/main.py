@@ -16,6 +16,7 @@ import typer
 from .. import __version__
 from .answers import process
 from .arguments import tidy
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "compare": compare,
     "export": export,
     "convert": convert,
     "plan": plan,

@@ -1,4 +1,4 @@
-"""`fewstep sample`: a picture of images, or a folder of protein chains, as the model makes the one or the other."""
+"""`fewstep sample`: a picture of images, videos that play, or a folder of protein chains, as the model makes them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ..errors import UserError
 from .answers import answer, number, only_json, say
 from .arguments import Guidance, Json, Model, Seed, Steps, Trust, numbers
 
-Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Number of images or chains.")]
+Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Number of images, videos or chains.")]
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="PLACE", help="Picture with all images in a grid, default grid.png; or folder, default chains."
+        "--out",
+        metavar="PLACE",
+        help="Picture with all images in a grid, default grid.png; videos that play, default grid.gif, or a .png with 8 "
+        "frames of each; or folder, default chains.",
     ),
 ]
 Prompts = Annotated[
@@ -72,8 +75,8 @@ def sample(
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Draw images from a model folder into one picture, or protein chains into a folder."""
-    from ..exporting.network import takes_lengths
+    """Draw images or videos from a model folder into one picture, or protein chains into a folder."""
+    from ..exporting.network import makes_videos, takes_lengths
     from ..exporting.pipeline import load_pipeline
 
     of_images = {"--labels": labels, "--prompt": prompt}
@@ -88,7 +91,8 @@ def sample(
         else:
             _leave_out(of_chains, "makes images")
             asked = {"steps": steps, "guidance": guidance, "prompts": prompt}
-            found = _images(pipeline, n, seed, out or Path("grid.png"), labels, **asked)
+            usual = Path("grid.gif" if makes_videos(pipeline) else "grid.png")
+            found = _images(pipeline, n, seed, out or usual, labels, **asked)
     shown = {name: number(value) if isinstance(value, int | float) else _short(value) for name, value in found.items()}
     answer(found, json, lambda: say(**shown))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.registry import FAMILIES
 from .batch import Cond
 from .source import Source, SourceConfig, digest
 
@@ -40,6 +41,36 @@ def dressed(sources: Mapping[str, Source], handles: Mapping[str, Handle]) -> dic
     if around is None:
         return dict(sources)
     return {name: _encoded(source, around) if _readable(source) else source for name, source in sources.items()}
+
+
+def fitting(sources: Mapping[str, Source]) -> Callable[[Handle], None]:
+    """Tells a network that takes any size what a row of `train` is, as `roles.assemble` wants it told."""
+    shapes: list[tuple[int, ...] | None] = []
+
+    def fit(handle: Handle) -> None:
+        family = FAMILIES.get(str(handle.family)) if handle.path is not None else None
+        if family is None or "train" not in sources:
+            return
+        if not family.facts.latent.any_size:
+            _check_size(sources["train"], handle, family)
+            return
+        if not shapes:
+            shapes.append(dressed({"train": sources["train"]}, {handle.name: handle})["train"].row_shape)
+        family.fit(handle.module, shapes[0])
+
+    return fit
+
+
+def _check_size(source: Source, handle: Handle, family: Any) -> None:
+    """UserError for prompts that ask for another size than the network's config says."""
+    size, around = getattr(source.config, "size", None), handle.around
+    if size is None or around is None or "x0" in source.fetch(torch.zeros(1).long(), None):
+        return
+    own = family.row_shape(handle.module)
+    if Encoded(source, around).row_shape != own:
+        raise UserError(
+            f"data.train.size={size}: this {family.name} network makes latents of {own[1:]} alone: leave size out"
+        )
 
 
 def _encoded(source: Source, around: Surroundings) -> Encoded:

@@ -27,6 +27,11 @@ class PromptsConfig(CacheConfig):
 
     path: str = Field(description="UTF-8 text with one prompt a line, or .jsonl")
     column: str = Field(default="prompt", description="of a .jsonl file: where a line's prompt stands")
+    size: int | None = Field(
+        default=None,
+        gt=0,
+        description="pixels a side that are drawn, for networks of any size; default: the pipeline's own",
+    )
     skip_corrupt: bool = Field(default=False, description="leave out lines that hold no prompt, with a warning")
 
 
@@ -47,6 +52,7 @@ class Prompts(Source):
             found = [_entry(line, self.config.column) for line in lines]
         else:
             found = [(line, "is empty: a prompt's index is its line number") for line in lines]
+        self.row_shape = None if self.config.size is None else (3, self.config.size, self.config.size)
         self.prompts = self._kept([prompt for prompt, _ in found], [fault for _, fault in found])
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ bf16` layers that autocast runs in bfloat16 are counted in it. Workspaces of lib
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,12 +38,15 @@ WHOLE = ("layer_norm", "group_norm", "softmax", "mse_loss")
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of storages that are made within the block and alive (`now`), and the most there were (`peak`)."""
+    """Bytes of storages that are made within the block and alive (`now`), and the most there were (`peak`).
 
-    def __init__(self) -> None:
+    known: tensors that were there before, whose views are none.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._alive: set[int] = set()
+        self._alive: set[int] = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operation, its results counted."""
@@ -126,13 +129,21 @@ def activations(
         within.enter_context(_as_on_a_gpu(recipe.train.precision))
         if recipe.train.offload_activations:
             within.enter_context(torch.autograd.graph.saved_tensors_hooks(_sent_away, _fetched))
-        seen = within.enter_context(Allocations())
+        seen = within.enter_context(Allocations(_weights(handles)))
         for step in range(MOST):
             draw = Draw(recipe.train.seed, step, range(rows), device=META, scope=stage.name)
             advance([stage.step(batch, draw)], [(recipe.train.seed, stage.name, step)], asked, finish)
             if {role for roles in peaks for role in roles} >= set(stage.trains):
                 break
     return peaks
+
+
+def _weights(handles: Mapping[str, Handle]) -> Iterator[Tensor]:
+    for handle in handles.values():
+        for module in (handle.module, handle.adapter):
+            if module is not None:
+                yield from (*module.parameters(), *module.buffers())
+        yield from (handle.ema or {}).values()
 
 
 def _sent_away(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -157,7 +168,7 @@ def _latents(handle: Handle, recipe: Recipe, rows: int) -> dict[str, Any]:
     role = Denoiser.of(handle)
     around: Any = handle.around
     side = next((said["size"] // around.factor for said in recipe.data.values() if "size" in said), None)
-    shape = role.row_shape if side is None else (role.row_shape[0], side, side)
+    shape = role.row_shape if side is None else (*role.row_shape[:-2], side, side)
     role.family.fit(handle.module, shape)
     blank = role.family.blank(handle.module)
     cond = {name: _as_text(field, around.longest, rows) for name, field in blank.items()}

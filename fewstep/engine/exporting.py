@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..data.encoded import dressed
+from ..data.encoded import dressed, fitting
 from ..data.registry import make_source
 from ..draws import Draw
 from ..errors import UserError
@@ -31,7 +31,7 @@ from ..models.hub import local
 from ..models.registry import FAMILIES
 from ..nets.extra_inputs import reads
 from ..recipe import Recipe, load_recipe
-from ..roles import Handle, assemble
+from ..roles import Handle, assemble, hold
 from . import checkpoint, distributed
 from .snapshot import place, restore_roles
 
@@ -116,8 +116,9 @@ def export(run: str | Path, to: str | Path, step: int | None = None, lora_layout
     method = recipe.build_method()
     # frozen parts that the method builds (judges) are in no model: their weights need not be here any more
     roles = [r for r in method.roles() if f"{r.name}.role" in saved.files or (r.tune == "frozen" and r.build is None)]
-    handles = assemble(roles, recipe.roles, recipe.train.seed)
-    method.bind(handles, dressed({name: make_source(config) for name, config in recipe.data.items()}, handles), {})
+    sources = {name: make_source(config) for name, config in recipe.data.items()}
+    handles = assemble(roles, recipe.roles, recipe.train.seed, fit=fitting(sources))
+    method.bind(handles, dressed(sources, handles), {})
     meet_export(method, handles)
     if lora_layout is not None and handles[method.exported()].adapter is None:
         raise UserError(
@@ -177,11 +178,16 @@ def _further(method: DiffusionMethod, decodes: bool) -> list[int]:
 def _whole_float32(handle: Handle) -> Iterator[None]:
     """Without autocast and TF32: the folder is sampled in float32 on the CPU."""
     kept, handle.autocast = handle.autocast, None
+    narrow = handle.narrow
+    if narrow:
+        hold(handle.module, torch.float32)
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         handle.autocast = kept
+        if narrow:
+            hold(handle.module, torch.bfloat16)  # what it was, to the bit
 
 
 def _write(
@@ -227,12 +233,14 @@ def _licence(origin: str | None) -> dict[str, str]:
 
 
 def _size(handle: Handle) -> dict[str, Any]:
-    """Height and width in pixels, where the data alone says them: stock pipelines of such networks have to be told."""
+    """Height and width in pixels, of videos after the number of frames, where the data alone says them: stock pipelines of
+    such networks have to be told."""
     family = FAMILIES.get(str(handle.family)) if handle.path is not None else None
     if family is None or not family.facts.latent.any_size:
         return {}
-    factor = getattr(handle.around, "factor", 1)
-    return {"size": [side * factor for side in family.row_shape(handle.module)[-2:]]}
+    *frames, height, width = family.row_shape(handle.module)[1:]
+    factor, together = getattr(handle.around, "factor", 1), family.facts.latent.frames
+    return {"size": [*((n - 1) * together + 1 for n in frames), height * factor, width * factor]}
 
 
 def _folds(method: Method) -> dict[str, Any]:

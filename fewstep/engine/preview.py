@@ -25,6 +25,10 @@ ARTISTS = Registry(
 )
 
 
+PLAYED, STILLS = (".gif", ".webp"), 8  # files that play; frames of a video that a picture shows
+FRAMES_A_SECOND = 16  # as Wan's videos have them
+
+
 def grid(images: Tensor, columns: int, scale: int | None = None) -> Image.Image:
     """Images [n, C, H, W] in [-1, 1] or uint8 as one picture; small ones are enlarged so that a cell has 48 pixels or more."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
@@ -44,8 +48,19 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor, file: Path, columns: int = 10) -> Path:
-    """Writes a grid, making the folder when needed."""
+    """Writes a grid, making the folder when needed; of videos [n, C, frames, H, W] a row each, of at most `STILLS` frames.
+
+    A file that ends in one of `PLAYED` plays videos beside each other, all frames of them.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if images.ndim == 5 and file.suffix in PLAYED:
+        first, *others = (grid(frames, columns) for frames in images.unbind(2))
+        first.save(file, save_all=True, append_images=others, duration=1000 / FRAMES_A_SECOND, loop=0)
+        return file
+    if images.ndim == 5:
+        columns = min(images.shape[2], STILLS)
+        shown = torch.linspace(0, images.shape[2] - 1, columns).round().long()
+        images = images[:, :, shown].transpose(1, 2).flatten(0, 1)
     grid(images, columns).save(file)
     return file
 
@@ -66,8 +81,8 @@ def write_previews(method: Method, rows: int, seed: int, folder: Path, step: int
 
 
 def draw_images(_method: Method, samples: Tensor, folder: Path, step: int) -> None:
-    """Writes step-N.png of samples that are images of one or three channels, and nothing of others."""
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+    """Writes step-N.png of samples that are images or videos of one or three channels, and nothing of others."""
+    if samples.ndim in (4, 5) and samples.shape[1] in (1, 3):
         save_grid(samples, folder / f"step-{step:06d}.png")
 
 

@@ -8,6 +8,7 @@ stay whole on every process. Everything that is written is whole again, so check
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +18,18 @@ from torch.distributed.tensor import DTensor
 from ..errors import UserError
 from ..roles import Handle
 from . import distributed
+
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "accelerate's FSDP"}  # set by launch files
+
+
+def refuse_engines() -> None:
+    """UserError for launch files of engines that own the loop of one network, where here several step in turn."""
+    for name, engine in ENGINES.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{engine} takes a loop over one network: launch with configs/accelerate/gpu_8.yaml, and write "
+                "train.shard=true where networks have to be cut over processes"
+            )
 
 
 def shard(handles: Mapping[str, Handle], device: torch.device) -> None:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..data.encoded import dressed
+from ..data.encoded import dressed, fitting
 from ..data.latents import Cached
 from ..data.registry import make_source
 from ..draws import Draw
@@ -40,7 +40,7 @@ from .preview import write_previews
 from .progress import Advance, bar
 from .report import report
 from .resume import to_resume
-from .sharding import shard
+from .sharding import refuse_engines, shard
 from .sizes import cut, sizes
 from .snapshot import Place
 from .tracking import Tracker, Window, require_trackers, rewind
@@ -83,6 +83,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool = False, only: str | None = None, show: bool = True):
         require_trackers(list(recipe.train.trackers))
+        refuse_engines()
         if recipe.train.shard and recipe.preview:
             raise UserError("previews are drawn on one process, which has a part of each network: remove `preview`")
         self.recipe, self.folder, self.only = recipe, folder, only
@@ -140,8 +141,11 @@ class Trainer:
         roles = self.method.roles()
         active = [s for s in self.stages if s.name not in self.skipped and self.only in (None, s.name)]
         used = {name for s in active for name in (s.uses if s.uses is not None else [r.name for r in roles])}
-        handles = assemble([r for r in roles if r.name in used], self.recipe.roles, self.recipe.train.seed, self.device)
+        declared, said = [r for r in roles if r.name in used], self.recipe
+        handles = assemble(declared, said.roles, said.train.seed, self.device, fitting(self.sources))
         for handle in handles.values():
+            if handle.narrow and self.recipe.train.precision != "bf16":
+                raise UserError(f"{handle.name} has a base with weights: bf16, which needs train.precision: bf16")
             handle.autocast = torch.bfloat16 if self.recipe.train.precision == "bf16" else None
         return handles
 

@@ -22,6 +22,8 @@ FEATURES = Registry(
         "digits-cnn": "fewstep.evaluation.features:digits_cnn",
         "fashion-cnn": "fewstep.evaluation.features:fashion_cnn",
         "inception": "fewstep.evaluation.inception:inception",
+        "inception-clean": "fewstep.evaluation.inception:inception_clean",
+        "inception-legacy": "fewstep.evaluation.inception:inception_legacy",
     },
 )
 _REMEMBERED: dict[tuple[str, str], Tensor] = {}
@@ -31,7 +33,9 @@ class FeatureNetwork(Protocol):
     """Maps uint8 images [n, C, H, W] to float32 features [n, d].
 
     name: as in tables, `fid[name]`. impl, version: the code that computes it. sha256: of the weights.
-    resize: how images reach the network's size, in words; "none" when it takes any size.
+    resize: how images reach the network's size, a chain of `resize` or in words; "none" when it takes any size. A network
+    that tells classes which are not those of the data may have `class_scores(features) -> [n, classes]`, for the
+    Inception Score.
     """
 
     name: str

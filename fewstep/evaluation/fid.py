@@ -8,10 +8,14 @@ different set sizes are never compared. Everything is float64.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+
+_ROWS = 1024  # rows of a set that are held in float64 at once
 
 
 class Moments:
@@ -28,26 +32,33 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Moments of one set [n, d]."""
+        """Moments of one set [n, d], taken in parts."""
         made = cls(features.shape[1])
-        x = features.detach().cpu().double()
-        if len(x):
-            made.count, made.mean = len(x), x.mean(0)
-            centred = x - made.mean
-            made.scatter = centred.T @ centred
+        for part in features.split(_ROWS):
+            made.update(part)
         return made
 
     def update(self, features: Tensor) -> Moments:
-        """Takes in the rows of `features` [n, d]."""
-        return self.merge(Moments.of(features))
+        """Takes in the rows of `features` [n, d]; n rows and one matrix are held besides."""
+        if not len(features):
+            return self
+        x = features.detach().cpu().double()
+        mean = x.mean(0)
+        self.scatter.addmm_((x - mean).T, x - mean)
+        return self._join(len(x), mean)
 
     def merge(self, other: Moments) -> Moments:
         """Takes in what `other` has seen; returns self."""
-        count = self.count + other.count
-        if other.count:
-            gap = other.mean - self.mean
-            self.mean = self.mean + gap * (other.count / count)
-            self.scatter = self.scatter + other.scatter + torch.outer(gap, gap) * (self.count * other.count / count)
+        if not other.count:
+            return self
+        self.scatter += other.scatter
+        return self._join(other.count, other.mean)
+
+    def _join(self, n: int, mean: Tensor) -> Moments:
+        """The part of the update that the gap between the two means makes."""
+        count, gap = self.count + n, mean - self.mean
+        self.mean = self.mean + gap * (n / count)
+        self.scatter.addr_(gap, gap, alpha=self.count * n / count)
         self.count = count
         return self
 
@@ -59,10 +70,23 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Frechet distance of the two Gaussians; symmetric, 0 for equal moments, never negative."""
-    s1, s2 = a.covariance, b.covariance
-    return gaussian_distance(a.mean, s1, b.mean, s2)
+class Gaussian(Protocol):
+    """Anything with a mean [d] and a covariance [d, d] in float64: `Moments`, or `statistics.Statistics`."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def covariance(self) -> Tensor: ...
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Frechet distance of the two Gaussians; symmetric, 0 for equal moments, never negative. UserError if d differs."""
+    if len(a.mean) != len(b.mean):
+        raise UserError(
+            f"features of {len(a.mean)} and {len(b.mean)} numbers have no distance: use one feature network"
+        )
+    return gaussian_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def gaussian_distance(m1: Tensor, s1: Tensor, m2: Tensor, s2: Tensor) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """A value with its protocol."""
+    """A value with its protocol; of a mean over images also the ends of its 95 % bootstrap interval."""
 
     value: float
     protocol: Protocol
+    interval: tuple[float, float] | None = None
 
     @property
     def label(self) -> str:
@@ -75,24 +76,29 @@ class Score:
 
     def plain(self) -> dict[str, Any]:
         """The entry in metrics.json."""
-        return {"metric": self.protocol.metric, "label": self.label, "value": self.value, **asdict(self.protocol)}
+        plain = {"metric": self.protocol.metric, "label": self.label, "value": self.value, **asdict(self.protocol)}
+        return plain if self.interval is None else {**plain, "interval": list(self.interval)}
 
 
 def compare(a: Score, b: Score) -> float:
     """b - a. UserError names the first field in which the two protocols differ."""
-    for field in fields(Protocol):
-        left, right = getattr(a.protocol, field.name), getattr(b.protocol, field.name)
+    same_protocol(asdict(a.protocol), asdict(b.protocol), f"{a.label} and {b.label}")
+    return b.value - a.value
+
+
+def same_protocol(a: Mapping[str, Any], b: Mapping[str, Any], what: str) -> None:
+    """UserError names the first field in which two protocols differ."""
+    for field in {**a, **b}:
+        left, right = a.get(field), b.get(field)
         if left != right:
             raise UserError(
-                f"{a.label} and {b.label} cannot be compared: {field.name} is '{left}' there and '{right}' here: "
-                "score both under one protocol"
+                f"{what} cannot be compared: {field} is '{left}' there and '{right}' here: score both under one protocol"
             )
-    return b.value - a.value
 
 
 def write_scores(scores: Iterable[Score], file: Path) -> None:
     """Writes metrics.json in one move; a file that is there is whole."""
-    _write(file, json.dumps([score.plain() for score in scores], indent=1) + "\n")
+    write_text(file, json.dumps([score.plain() for score in scores], indent=1) + "\n")
 
 
 def read_scores(file: Path) -> list[Score]:
@@ -100,15 +106,20 @@ def read_scores(file: Path) -> list[Score]:
     names = [field.name for field in fields(Protocol)]
     try:
         entries = json.loads(file.read_text())
-        return [Score(float(e["value"]), Protocol(**{name: e[name] for name in names})) for e in entries]
+        return [Score(float(e["value"]), Protocol(**{name: e[name] for name in names}), _pair(e)) for e in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{file}' holds no scores of fewstep: {type(error).__name__}: {error}") from None
 
 
 def write_manifest(samples: Iterable[Sample], file: Path) -> None:
     """Writes one JSON object a line; of `prompt` and `label` the one that is set."""
-    lines = [{k: v for k, v in asdict(s).items() if v is not None or k not in ("prompt", "label")} for s in samples]
-    _write(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(file, "".join(map(line_of, samples)))
+
+
+def line_of(sample: Sample) -> str:
+    """The sample's line, with its end; of `prompt` and `label` the one that is set."""
+    said = {k: v for k, v in asdict(sample).items() if v is not None or k not in ("prompt", "label")}
+    return json.dumps(said, ensure_ascii=False) + "\n"
 
 
 def read_manifest(file: Path) -> list[Sample]:
@@ -127,13 +138,20 @@ def pixel_digest(image: Tensor) -> str:
 
 def write_images(images: Tensor, folder: Path) -> list[Path]:
     """000000.png ... of uint8 images [n, 1 or 3, H, W]."""
-    from PIL import Image
-
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{index:06d}.png" for index in range(len(images))]
-    for file, image in zip(files, images.numpy()):
-        Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))).save(file)
+    for file, image in zip(files, images):
+        save_image(image, file)
     return files
+
+
+def save_image(image: Tensor, file: Path) -> None:
+    """A PNG file, whatever its name, of a uint8 image [1 or 3, H, W]."""
+    from PIL import Image
+
+    pixels = image.numpy()
+    picture = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    picture.save(file, format="PNG")
 
 
 def samples_of(images: Tensor, labels: Tensor | None, seed: int, **shared: Any) -> Sequence[Sample]:
@@ -145,8 +163,16 @@ def samples_of(images: Tensor, labels: Tensor | None, seed: int, **shared: Any) 
     ]
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes the file in one move: what is there is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(file.name + ".part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)
+
+
+def _pair(entry: Mapping[str, Any]) -> tuple[float, float] | None:
+    if entry.get("interval") is None:
+        return None
+    low, high = entry["interval"]
+    return float(low), float(high)

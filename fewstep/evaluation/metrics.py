@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,7 +15,11 @@ from ..maths.spectrum import high_frequency_share
 from ..rewards.base import Asked, Reward
 from .features import FEATURES, FeatureNetwork, reference_features
 from .fid import Moments, frechet_distance
+from .inception_score import inception_score as score_of_classes
+from .kid import kernel_distance
 from .prdc import distances, prdc
+from .prdc import precision_recall as closed_balls
+from .statistics import Statistics
 
 N = TypeVar("N", str, FeatureNetwork)
 NEIGHBOURS = 5
@@ -30,8 +34,9 @@ class EvaluationSet:
 
     images [n, C, H, W], real [m, C, H, W]: uint8; `real` may be a function that loads them. labels [n], prompts (n texts):
     what was asked for. network gives the features `generated` [n, d] and `reference` [m, d] (None without real images)
-    and the class scores `logits` [n, classes] of the images (None when it has none). judge: the reward. What is not a
-    field is loaded or computed when a metric first reads it.
+    and the class scores `logits` [n, classes] of the images (None when it has none). judge: the reward. statistics: of
+    the real images' features, where FID is to use them in place of the images. What is not a field is loaded or computed
+    when a metric first reads it.
     """
 
     images: Tensor
@@ -40,6 +45,7 @@ class EvaluationSet:
     prompts: Sequence[str] | None = None
     network: FeatureNetwork | None = None
     judge: Reward | None = None
+    statistics: Statistics | None = None
 
     @cached_property
     def reference_images(self) -> Tensor | None:
@@ -66,6 +72,12 @@ class EvaluationSet:
         """Class scores of the images [n, classes]."""
         return named(self.network).logits(self.images)
 
+    @cached_property
+    def class_scores(self) -> Tensor | None:
+        """Logits [n, classes] over the network's own classes, whether or not they are those of the data."""
+        of_features = getattr(named(self.network), "class_scores", None)
+        return of_features(self.generated) if of_features is not None else self.logits
+
     def need(self, field: str, metric: str, mend: str) -> Any:
         """The field's value; UserError with the mend when it is None."""
         value = getattr(self, field)
@@ -82,9 +94,30 @@ def named(network: N | None) -> N:
 
 
 def fid(data: EvaluationSet) -> dict[str, float]:
-    """`fid`: Frechet distance of generated to reference features."""
+    """`fid`: Frechet distance of generated to reference features, or to statistics of them."""
+    if data.statistics is not None:
+        data.statistics.fit(named(data.network))
+        return {"fid": frechet_distance(Moments.of(data.generated), data.statistics)}
     reference = data.need("reference", "fid", "give `reference`, e.g. {source: digits}")
     return {"fid": frechet_distance(Moments.of(data.generated), Moments.of(reference))}
+
+
+def kid(data: EvaluationSet) -> dict[str, float]:
+    """`kid`, `kid_std`: unbiased kernel distance over 100 random subsets of 1000, or of all when there are fewer."""
+    reference = data.need("reference", "kid", "give `reference`, e.g. {source: digits}")
+    return kernel_distance(reference, data.generated)
+
+
+def inception_score(data: EvaluationSet) -> dict[str, float]:
+    """`inception_score`, `inception_score_std`: over 10 parts, of the feature network's own classes."""
+    mend = "use `features` that tell classes, e.g. inception"
+    return score_of_classes(data.need("class_scores", "inception_score", mend))
+
+
+def torch_fidelity_prc(data: EvaluationSet) -> dict[str, float]:
+    """`prc_precision`, `prc_recall`, `prc_f_score`: torch-fidelity's convention, <= and k = 3, all images of both sets."""
+    reference = data.need("reference", "prc", "give `reference`, e.g. {source: digits}")
+    return {f"prc_{name}": value for name, value in closed_balls(reference, data.generated).items()}
 
 
 def precision_recall(data: EvaluationSet) -> dict[str, float]:
@@ -106,12 +139,26 @@ def accuracy(data: EvaluationSet) -> dict[str, float]:
 
 def diversity(data: EvaluationSet) -> dict[str, float]:
     """`diversity`: mean feature distance of two images of one class, averaged over classes (no labels: one class)."""
-    labels = data.labels if data.labels is not None else torch.zeros(len(data.generated), dtype=torch.int64)
-    groups = [data.generated[labels == label] for label in labels.unique()]
-    spreads = [mean_pairwise_distance(group) for group in groups if len(group) > 1]
+    labels = data.labels.tolist() if data.labels is not None else [0] * len(data.generated)
+    return {"diversity": mean_spread(data.generated, labels, "diversity needs two images of some class: raise n")}
+
+
+def prompt_diversity(data: EvaluationSet) -> dict[str, float]:
+    """`prompt_diversity`: mean feature distance of two images of one prompt, averaged over prompts with two or more."""
+    prompts = data.need("prompts", "prompt_diversity", "give `reference` with captions, or {source: prompts, ...}")
+    mend = "prompt_diversity needs two images of some prompt: draw more images than there are prompts"
+    return {"prompt_diversity": mean_spread(data.generated, prompts, mend)}
+
+
+def mean_spread(x: Tensor, groups: Sequence[Hashable], mend: str) -> float:
+    """Mean over the groups of x [n, d] of their `mean_pairwise_distance`; UserError(mend) when none has two rows."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    spreads = [mean_pairwise_distance(x[chosen]) for chosen in rows.values() if len(chosen) > 1]
     if not spreads:
-        raise UserError("diversity needs two images of some class: raise n")
-    return {"diversity": sum(spreads) / len(spreads)}
+        raise UserError(mend)
+    return sum(spreads) / len(spreads)
 
 
 @torch.no_grad()

@@ -97,11 +97,11 @@ def read_images(folder: Path, n: int | None = None) -> Made:
         raise UserError(f"'{root}' has {len(files)} images, not {n}: lower n")
     files = [files[i * len(files) // n] for i in range(n)] if names else files[:n]
     if names:
-        return Made(_stack(files), torch.tensor([names.index(file.parent.name) for file in files]))
+        return Made(stacked(files), torch.tensor([names.index(file.parent.name) for file in files]))
     asked = _manifest(folder / MANIFEST, n)
     labels, prompts = _known([sample.label for sample in asked]), _known([sample.prompt for sample in asked])
     numbers = torch.tensor(labels) if labels else None
-    return Made(_stack(files), numbers, prompts=prompts or _captions(root, files))
+    return Made(stacked(files), numbers, prompts=prompts or _captions(root, files))
 
 
 def write_run(made: Made, scores: Sequence[Score], out: Path, seed: int) -> None:
@@ -117,9 +117,10 @@ def write_run(made: Made, scores: Sequence[Score], out: Path, seed: int) -> None
     write_scores(scores, out / METRICS_FILE)
 
 
-def _stack(files: Sequence[Path]) -> Tensor:
-    channels = _channels(files[0])
-    images = [_read(file, channels) for file in files]
+def stacked(files: Sequence[Path], channels: int | None = None) -> Tensor:
+    """uint8 [n, C, H, W] of pictures; channels: default those of the first. UserError when two differ in size."""
+    channels = channels or channels_of(files[0])
+    images = [read_picture(file, channels) for file in files]
     for file, image in zip(files, images):
         if image.shape != images[0].shape:
             sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (image, images[0])]
@@ -129,14 +130,16 @@ def _stack(files: Sequence[Path]) -> Tensor:
     return torch.stack(images)
 
 
-def _read(file: Path, channels: int) -> Tensor:
+def read_picture(file: Path, channels: int) -> Tensor:
+    """uint8 [C, H, W]; UserError when it cannot be decoded."""
     pixels = decode(file, None, channels)
     if pixels is None:
         raise UserError(f"cannot decode '{file}': remove it, or write it anew")
     return torch.from_numpy(pixels.copy())
 
 
-def _channels(file: Path) -> int:
+def channels_of(file: Path) -> int:
+    """1 for a grey picture, else 3."""
     from PIL import Image
 
     try:

@@ -25,6 +25,8 @@ from .path_config import path_config
 
 FORMAT = 1
 BIOLOGY = ("biology", "protein")
+# Drawn at the nearest size of a table, and resized, unless they are told not to.
+BINNING = ("PixArtSigmaPipeline", "SanaPipeline", "SanaSprintPipeline", "FewStepSanaPipeline")
 MANY_LEVELS = 20  # of which a table shows the ends
 LICENCE = ("license", "license_name", "license_link")  # of a card's head, as the hub spells them
 LOADED = {LORA_FILES["diffusers"]: ""}  # what `load_lora_weights` has to be told of a file
@@ -94,7 +96,7 @@ def _head(said: Mapping[str, Any]) -> str:
     if "lengths" in said:  # the hub has no task for proteins
         head = {"library_name": "diffusers", **head}
     elif said.get("pipeline"):
-        task = "text-to-image" if said["prompts"] else "unconditional-image-generation"
+        task = f"text-to-{_sort(said)}" if said["prompts"] else "unconditional-image-generation"
         head = {"library_name": "diffusers", "pipeline_tag": task, **head}
     head["license"] = said.get("licence", "other")
     head |= {f"license_{key}": said[f"licence_{key}"] for key in ("name", "link") if f"licence_{key}" in said}
@@ -116,7 +118,7 @@ def _usage(said: Mapping[str, Any]) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         f'pipe = DiffusionPipeline.from_pretrained("FOLDER"{trust})',
-        *(_chain_call(said) if "lengths" in said else [f"image = pipe({_call(said)}).images[0]"]),
+        *(_chain_call(said) if "lengths" in said else [_made(said, _call(said))]),
     ]
     code = "```python\n" + "\n".join(lines) + "\n```\n" + _any_steps(said)
     if not said["remote_code"]:
@@ -161,13 +163,32 @@ def _call(said: Mapping[str, Any]) -> str:
     # The class pipeline knows its own scale; a stock one would fall back to 7.5 or 5.
     asked = said["prompts"] and said["guidance_scale"] in ("embedded", "cfg")
     scale = f", guidance_scale={_number(said):g}" if asked else ""
-    return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}{_size(said)}"
+    return f"{label}{prompt}num_inference_steps={len(said['schedule']['u'])}{scale}{_second_level(said)}{_size(said)}"
+
+
+def _second_level(said: Mapping[str, Any]) -> str:
+    """SANA-Sprint's pipeline has one for two steps, which for any other number has to be taken away."""
+    alone = said["scheduler"] == "SCMScheduler" and len(said["schedule"]["u"]) != 2
+    return ", intermediate_timesteps=None" if alone else ""
 
 
 def _size(said: Mapping[str, Any]) -> str:
     """Where the network does not say it."""
-    height, width = said.get("size") or (None, None)
-    return f", height={height}, width={width}" if height else ""
+    *frames, height, width = said.get("size") or (None, None)
+    number = f", num_frames={frames[0]}" if frames else ""
+    exactly = ", use_resolution_binning=False" if said["pipeline"] in BINNING else ""
+    return f"{number}, height={height}, width={width}{exactly}" if height else ""
+
+
+def _sort(said: Mapping[str, Any]) -> str:
+    """What is made: the size of a video has the number of frames in front."""
+    return "video" if len(said.get("size") or ()) == 3 else "image"
+
+
+def _made(said: Mapping[str, Any], call: str) -> str:
+    """The line of code that makes one."""
+    sort = _sort(said)
+    return f"{sort} = pipe({call}).{'frames' if sort == 'video' else 'images'}[0]"
 
 
 def _adapter(said: Mapping[str, Any]) -> str:
@@ -187,7 +208,8 @@ def _adapter(said: Mapping[str, Any]) -> str:
         'pipe = DiffusionPipeline.from_pretrained("BASE")\n'
         f'pipe.scheduler = {said["scheduler"]}.from_pretrained("FOLDER", subfolder="scheduler")\n'
         f'pipe.load_lora_weights("FOLDER"{LOADED[said["lora"]]})\n'
-        f'image = pipe("a photo of a cat", num_inference_steps={steps}{told}{_size(said)}).images[0]\n```\n'
+        + _made(said, f'"a photo of a cat", num_inference_steps={steps}{told}{_second_level(said)}{_size(said)}')
+        + "\n```\n"
     )
 
 

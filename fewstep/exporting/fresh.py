@@ -57,9 +57,10 @@ def images_of(
     prompts: Sequence[str] | None = None,
     size: Sequence[int] | None = None,
 ) -> Any:
-    """Images [rows, height, width, channels] in 0..1. What is None, or no argument of the pipeline's, is not passed.
+    """Images [rows, height, width, channels] in 0..1, or videos [rows, frames, height, width, channels].
 
-    guidance: in the pipeline's own number. size: (height, width) in pixels, for pipelines whose network does not say it.
+    What is None, or no argument of the pipeline's, is not passed. guidance: in the pipeline's own number. size: (height,
+    width) in pixels, of videos (frames, height, width), for pipelines whose network does not say it.
     """
     takes = inspect.signature(pipeline.__call__).parameters
     said = {
@@ -70,10 +71,16 @@ def images_of(
         "guidance_scale": guidance,
     }
     if size is not None:
+        *frames, height, width = size
         # SANA's would draw at the nearest size of its own table, and resize.
-        said |= {"height": size[0], "width": size[1], "use_resolution_binning": False}
+        said |= {"height": height, "width": width, "use_resolution_binning": False}
+        said["num_frames"] = frames[0] if frames else None
+    said = {k: v for k, v in said.items() if v is not None and k in takes}
+    if "intermediate_timesteps" in takes and steps not in (None, 2):
+        said["intermediate_timesteps"] = None  # SANA-Sprint's: the default is the second level of two steps alone
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(output_type="np", **{k: v for k, v in said.items() if v is not None and k in takes}).images
+    made = pipeline(output_type="np", **said)
+    return made.frames if "frames" in made else made.images
 
 
 def chains_of(pipeline: Any, lengths: Sequence[int], steps: int | None, **options: Any) -> Any:
@@ -86,7 +93,8 @@ def chains_of(pipeline: Any, lengths: Sequence[int], steps: int | None, **option
 def main(folder: str, request: str, answer: str) -> None:
     """Loads the pipeline in `folder`, samples it, and writes `samples`.
 
-    Images are [rows, channels, height, width] in 0..1, chains [rows, residues, 3] in nanometres.
+    Images are [rows, channels, height, width] in 0..1, videos [rows, channels, frames, height, width], chains [rows,
+    residues, 3] in nanometres.
     """
     for name in ("fewstep", "fewstep_pipelines", "fewstep_kernels"):
         sys.modules[name] = None  # type: ignore[assignment]  # from here on, importing it fails
@@ -111,7 +119,7 @@ def main(folder: str, request: str, answer: str) -> None:
         if "lengths" in given:
             return chains_of(pipeline, given["lengths"].tolist(), steps)
         pixels = images_of(pipeline, len(given["noise.0"]), labels, steps, *asked)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return torch.from_numpy(pixels).movedim(-1, 1)
 
     made = []
     for steps in json.loads(said["steps"]):

@@ -34,6 +34,8 @@ def grid(scheduler: Any, pipeline: str, steps: int, start: float = 1.0) -> Pairs
 
     ValueError when the scheduler refuses so many, or steps to other levels than it goes on from.
     """
+    if type(scheduler).__name__ == "SCMScheduler":
+        return _by_angle(scheduler, steps)
     if passes_sigmas(pipeline, scheduler):
         scheduler.set_timesteps(sigmas=[start * (1 - i / steps) for i in range(steps)])
     else:
@@ -45,6 +47,15 @@ def grid(scheduler: Any, pipeline: str, steps: int, start: float = 1.0) -> Pairs
         raise ValueError(f"{steps} steps do not divide the table of {len(scheduler.alphas_cumprod)}")
     abar = scheduler.alphas_cumprod.double()[labels.long()]
     return list(zip(labels.tolist(), torch.sigmoid((torch.log1p(-abar) - torch.log(abar)) / 2).tolist()))
+
+
+def _by_angle(scheduler: Any, steps: int) -> Pairs:
+    """Of SCMScheduler, whose timesteps are angles a: the network is fed t = sin a / (sin a + cos a) itself."""
+    # It refuses its own default, a second angle of two steps, for any other number; see `fresh.images_of`.
+    scheduler.set_timesteps(steps, **({} if steps == 2 else {"intermediate_timesteps": None}))
+    angles = scheduler.timesteps[:-1].double()
+    times = (angles.sin() / (angles.sin() + angles.cos())).clamp(max=1).tolist()  # the first angle is rounded up
+    return list(zip(times, times))
 
 
 def is_flow(scheduler: Any) -> bool:

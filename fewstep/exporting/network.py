@@ -31,6 +31,11 @@ def takes_prompts(pipeline: Any) -> bool:
     return "prompt" in inspect.signature(pipeline.__call__).parameters
 
 
+def makes_videos(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline makes videos, of as many frames as it is told."""
+    return "num_frames" in inspect.signature(pipeline.__call__).parameters
+
+
 def takes_lengths(pipeline: Any) -> bool:
     """Whether a diffusers pipeline makes protein chains, of lengths that it is told."""
     return "lengths" in inspect.signature(pipeline.__call__).parameters

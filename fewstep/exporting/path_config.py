@@ -10,10 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..maths.angle_path import AngleFlowPath
 from ..maths.log_path import LogFlowPath
 from ..maths.paths import FlowPath, Path, VPPath
 from ..maths.tables import alphas_cumprod
 
+# Flow paths on another clock than the shifted one, by their kind in fewstep.json.
+CLOCKS: Mapping[type[Path], str] = {LogFlowPath: "log_flow", AngleFlowPath: "angle_flow"}
 # Tables that widely used models were trained with, by the words diffusers has for them.
 KNOWN_BETAS: tuple[Mapping[str, Any], ...] = (
     {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -38,7 +41,7 @@ def path_config(path: Path) -> dict[str, Any]:
     """`path` in words that `models.folder.path_from` reads back to an equal path."""
     if isinstance(path, VPPath):
         return {"kind": "vp", **vp_config(path)}
-    return {"kind": "log_flow" if isinstance(path, LogFlowPath) else kind_of(path), **asdict(path)}
+    return {"kind": CLOCKS.get(type(path)) or kind_of(path), **asdict(path)}
 
 
 def vp_config(path: VPPath) -> dict[str, Any]:

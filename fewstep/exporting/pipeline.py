@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -23,14 +24,15 @@ from .fresh import given_noise, images_of
 from .guidance_number import guidance_number
 from .index import pipeline_class
 from .inference import set_attention, set_offload
-from .network import class_count, network_of, takes_prompts
+from .network import class_count, makes_videos, network_of, takes_prompts
 
 
 @dataclass(frozen=True)
 class Generated:
     """What `generate` gives back.
 
-    images [n, channels, height, width] uint8, rounded as PIL output is; labels [n] int64, or None; prompts [n], or None.
+    images [n, channels, height, width] uint8, rounded as PIL output is, or videos [n, channels, frames, height, width];
+    labels [n] int64, or None; prompts [n], or None.
     nfe: network evaluations an image, counted. timesteps: labels that the scheduler had the network fed.
     guidance: the scale asked of the pipeline, None where it takes none.
     """
@@ -87,11 +89,13 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
     prompts: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Generated:
-    """n images of a folder or a loaded pipeline. Image i starts from noise (seed, i), whatever `batch` is.
+    """n images or videos of a folder or a loaded pipeline. Image i starts from noise (seed, i), whatever `batch` is.
 
     labels [n]: default i % classes. prompts: of a text-to-image model, which needs some; image i has number i modulo
-    their count. steps, guidance: default what the folder says. batch: default 256, or 8 with prompts.
+    their count. steps, guidance: default what the folder says. batch: default 256, 8 with prompts, 1 of videos.
+    numbers [n]: which images i are made, default 0 .. n - 1; so a set may be made in pieces.
     progress(done, n) after each batch.
     Raises UserError for a broken folder, labels or prompts that do not fit, or guidance where the pipeline has none.
     """
@@ -99,18 +103,19 @@ def generate(
         raise UserError(f"n and batch must be at least 1, not {n} and {batch}")
     pipeline = load_pipeline(source, trust_remote_code) if isinstance(source, str | Path) else source
     steps, guidance = _defaults(pipeline, steps, guidance)
-    chosen, texts = _labels(pipeline, n, labels), _prompts(pipeline, n, prompts)
-    batch = batch or (256 if texts is None else 8)
+    which = np.arange(n) if numbers is None else np.asarray(numbers)
+    chosen, texts = _labels(pipeline, which, labels), _prompts(pipeline, which, prompts)
+    batch = batch or (1 if makes_videos(pipeline) else 256 if texts is None else 8)
     images, seconds = [], 0.0
     with count_calls(network_of(pipeline)) as calls:
         for start in range(0, n, batch):
-            rows = np.arange(start, min(start + batch, n))
+            rows = which[start : start + batch]
             part = None if chosen is None else chosen[start : start + batch].tolist()
             said = None if texts is None else texts[start : start + batch]
             began = time.perf_counter()
             pixels = _pixels(pipeline, Draw.for_images(seed, rows), part, steps, guidance, said)
             seconds += time.perf_counter() - began
-            images.append(torch.from_numpy((pixels * 255).round().astype("uint8")).permute(0, 3, 1, 2))
+            images.append(torch.from_numpy((pixels * 255).round().astype("uint8")).movedim(-1, 1))
             if progress is not None:
                 progress(start + len(rows), n)
     return Generated(
@@ -126,7 +131,7 @@ def generate(
 
 
 def sample(model: str | Path | Any, n: int, seed: int = 0, **options: Any) -> Tensor:
-    """Images [n, channels, height, width] uint8 of a folder or pipeline; options as for `generate`."""
+    """Images, or videos, [n, channels, ..., height, width] uint8 of a folder or pipeline; options as for `generate`."""
     return generate(model, n, seed, **options).images
 
 
@@ -172,19 +177,20 @@ def _card(pipeline: Any) -> dict[str, Any]:
     return card(Path(origin)) if origin else {}
 
 
-def _labels(pipeline: Any, n: int, labels: Sequence[int] | Tensor | None) -> Tensor | None:
+def _labels(pipeline: Any, which: NDArray[np.int64], labels: Sequence[int] | Tensor | None) -> Tensor | None:
     classes = class_count(network_of(pipeline))
     if classes is None:
         if labels is not None:
             raise UserError("this model has no classes: leave the labels out")
         return None
-    chosen = torch.arange(n) % classes if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    n = len(which)
+    chosen = torch.from_numpy(which) % classes if labels is None else torch.as_tensor(labels, dtype=torch.int64)
     if chosen.shape != (n,) or (n and not 0 <= int(chosen.min()) <= int(chosen.max()) < classes):
         raise UserError(f"labels must be {n} numbers in 0..{classes - 1}")
     return chosen
 
 
-def _prompts(pipeline: Any, n: int, prompts: Sequence[str] | None) -> list[str] | None:
+def _prompts(pipeline: Any, which: NDArray[np.int64], prompts: Sequence[str] | None) -> list[str] | None:
     """[n], the given ones round and round; None for a model that takes none."""
     if not takes_prompts(pipeline):
         if prompts:
@@ -192,7 +198,7 @@ def _prompts(pipeline: Any, n: int, prompts: Sequence[str] | None) -> list[str] 
         return None
     if not prompts:
         raise UserError('this model draws what a prompt says: give one or more, e.g. --prompt "a photo of a cat"')
-    return [prompts[i % len(prompts)] for i in range(n)]
+    return [prompts[i % len(prompts)] for i in which.tolist()]
 
 
 @contextmanager

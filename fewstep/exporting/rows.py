@@ -236,6 +236,7 @@ def _langevin(_path: Path, schedule: Schedule) -> dict[str, Any]:
     return {"noise_scale": schedule.noise_scale, "renewal": schedule.renewal}
 
 
+_SPRINT = "SanaSprintPipeline"
 _PIXELS, _CONSISTENCY = "ConsistencyModelPipeline", "diffusers:ConsistencyModelPipeline"
 TARGETS: tuple[Target, ...] = (
     Target(_PIXELS, "flow", "ode", _CONSISTENCY, "DPMSolverMultistepScheduler", _dpm, trained=_integer),
@@ -247,6 +248,8 @@ TARGETS: tuple[Target, ...] = (
     *_text("PixArtSigmaPipeline", embeds=False),
     *_flow_text("StableDiffusion3Pipeline"),
     *_flow_text("SanaPipeline"),
+    *_flow_text("WanPipeline"),
+    Target(_SPRINT, "flow", "renoise", f"diffusers:{_SPRINT}", "SCMScheduler", _nothing, decodes=True, embeds=True),
     *_sigmas_text("QwenImagePipeline"),
     *_sigmas_text("ZImagePipeline", guides=True),
     *_sigmas_text("FluxPipeline", embeds=True),

@@ -170,6 +170,11 @@ def _no_target(family: DiffusionFamily, path: Path, schedule: Schedule, reads: S
             "config.sampler: few, or sampler: multi"
         )
     guided = schedule.guidance != 1 and not schedule.embedded
+    if guided and schedule.rescale and serving and not any(row.rescales for row in serving):
+        return UserError(
+            f"{family.facts.pipeline} does not keep the norm of what it guides (rescale: energy): sample the student "
+            "without, config.guidance_scale: 1"
+        )
     if guided and serving and not any(row.guides for row in serving):
         return UserError(
             f"{family.facts.pipeline} rescales what it guides or guides not at all, which no schedule means: train the "

@@ -263,12 +263,7 @@ class DiffusionMethod(Method):
     def bind(self, handles: Mapping[str, Handle], sources: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
         """Wraps every role that is a base model (or a copy or adapter of one) in a `Denoiser`."""
         from ..models.denoiser import Denoiser
-        from ..models.registry import FAMILIES
 
-        for handle in handles.values():
-            family = FAMILIES.get(str(handle.family)) if handle.path is not None else None
-            if family is not None and family.facts.latent.any_size and "train" in sources:
-                family.fit(handle.module, sources["train"].row_shape)
         shown = {n: Denoiser.of(h) if h.path is not None else h for n, h in handles.items()}
         super().bind(shown, sources, stores)  # type: ignore[arg-type]
 

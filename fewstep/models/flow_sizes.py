@@ -105,6 +105,7 @@ class SanaConfig(BaseModel):
     cross_attention_head_dim: int = Field(gt=0)
     caption_channels: int = Field(default=2304, gt=0, description="width of prompt_embeds")
     mlp_ratio: float = Field(default=2.5, gt=0)
+    qk_norm: Literal["rms_norm_across_heads"] | None = None
     timestep_scale: float = Field(default=1.0, gt=0, description="of the label that the network is fed")
     shift: float = Field(default=PATH["shift"], gt=0, description="of the path's clock")
     around: str | None = Field(default=None, description="pipeline whose autoencoder and text encoders are used")

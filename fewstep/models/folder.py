@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
+from ..maths.angle_path import AngleFlowPath
 from ..maths.log_path import LogFlowPath
 from ..maths.paths import FlowPath, Path, VPPath
 from ..resources import locate
@@ -119,6 +120,8 @@ def path_from_scheduler(config: Mapping[str, Any]) -> Path:
     """The path that a diffusers scheduler config describes: flow for flow-matching schedulers, else variance preserving."""
     if str(config.get("_class_name", "")).startswith("FlowMatchProtein"):
         return LogFlowPath()
+    if config.get("_class_name") == "SCMScheduler":
+        return AngleFlowPath()
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
     if flow or str(config.get("_class_name", "")).startswith("Flow"):
         return FlowPath(shift=float(config.get("shift") or config.get("flow_shift") or 1.0))
@@ -133,6 +136,8 @@ def path_from(said: Mapping[str, Any]) -> Path:
         return FlowPath(**said)
     if kind == "log_flow":
         return LogFlowPath(**said)
+    if kind == "angle_flow":
+        return AngleFlowPath(**said)
     if kind == "vp":
         return _vp(said)
     raise UserError(f"unknown path kind '{kind}': write flow, log_flow or vp")

@@ -27,6 +27,14 @@ KNOWN: Mapping[str, Known] = {
     "Efficient-Large-Model/Sana_600M_1024px_diffusers": Known("sana", {"size": "600m", "sample_size": 32}),
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": Known("sana", {"size": "1600m", "sample_size": 16}),
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": Known("sana", {"size": "1600m"}),
+    "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers": Known("sana_sprint", {"size": "600m"}),
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": Known("sana_sprint", {"size": "1600m"}),
+    "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_teacher_diffusers": Known(
+        "sana", {"size": "600m", "sample_size": 32, "qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001}
+    ),
+    "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers": Known(
+        "sana", {"size": "1600m", "qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001}
+    ),
     "Qwen/Qwen-Image": Known("qwen_image", {"size": "20b"}),
     "black-forest-labs/FLUX.1-dev": Known("flux", {"size": "dev"}),
     "black-forest-labs/FLUX.1-schnell": Known("flux", {"size": "schnell"}),
@@ -34,4 +42,6 @@ KNOWN: Mapping[str, Known] = {
     "Tongyi-MAI/Z-Image-Turbo": Known("z_image", {"size": "6b"}),
     "Alpha-VLLM/Lumina-Image-2.0": Known("lumina2", {"size": "2b"}),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Known("pixart_sigma", {"size": "xl"}),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Known("wan", {"size": "1.3b"}),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Known("wan", {"size": "14b"}),
 }

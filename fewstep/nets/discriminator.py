@@ -74,7 +74,9 @@ class TokenHead(nn.Sequential):
     def __init__(self, tokens: int, width: int):
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"{tokens} tokens are no square: name a feature layer with a square token grid")
+            raise UserError(
+                f"{tokens} tokens are no square, which this discriminator reads: name other feature layers, or train without it"
+            )
         half, kernel = max(1, width // 2), min(4, side)
         super().__init__(
             Square(side),

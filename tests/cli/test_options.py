@@ -11,8 +11,9 @@ FROZEN = {
     "train": "recipe overrides --out --resume --stage --quiet --json",
     "sample": "model --n -n --seed --out --steps --guidance --labels --prompt --length --format "
     "--noise-scale --cath --attention --offload --trust-remote-code --json",
-    "evaluate": "model --metrics --n -n --features --reference --reward --steps --guidance --seed --batch --out --length "
-    "--noise-scales --compared --design --fold --json",
+    "evaluate": "model --metrics --protocol --prompts --n -n --features --reference --reward --steps --teacher --guidance "
+    "--seed --batch --out --length --noise-scales --compared --design --fold --json",
+    "compare": "a b --json",
     "export": "run --to --checkpoint --lora-layout --push --private --yes --json",
     "convert": "file --to --steps --noise-scale --prefix --order --json",
     "plan": "recipe overrides --json --memory",

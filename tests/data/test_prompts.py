@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
+from fewstep.data.encoded import dressed, fitting
 from fewstep.data.registry import make_source
 from fewstep.errors import UserError
+from fewstep.models.denoiser import Denoiser
+from fewstep.roles import Role, RoleSpec, assemble
+from tests.models.tiny_flux import tiny_flux
+from tests.models.tiny_sd import tiny_sd
 
 
 def _file(tmp_path, *lines):
@@ -61,3 +66,24 @@ def test_a_line_without_a_prompt_is_named_or_on_request_left_out(tmp_path, line,
 def test_a_file_of_nothing_but_broken_lines_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none of the 2 lines .* did you mean 'prompt_en'"):
         _source(_file(tmp_path, {"prompt_en": "a"}, {"prompt_en": "b"}), skip_corrupt=True)
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 8), (32, 16)])
+def test_prompts_say_the_size_that_a_network_of_any_size_draws(tmp_path, size, side):
+    source = _source(_file(tmp_path, {"prompt": "a cat"}), size=size)
+    teacher = RoleSpec.model_validate({"from": str(tiny_flux(tmp_path / "flux"))})
+    handles = assemble([Role("teacher")], {"teacher": teacher}, 0, fit=fitting({"train": source}))
+    assert Denoiser.of(handles["teacher"]).row_shape == (4, side, side)
+    rows = dressed({"train": source}, handles)["train"].fetch(torch.tensor([0]), None)
+    assert "x0" not in rows and "prompt_embeds" in rows["cond"]
+
+
+def test_a_network_of_one_size_is_not_asked_for_another(tmp_path):
+    teacher = RoleSpec.model_validate({"from": str(tiny_sd(tmp_path / "sd"))})
+    for size, fits in ((16, True), (32, False)):
+        sources = {"train": _source(_file(tmp_path, {"prompt": "a cat"}), size=size)}
+        if fits:
+            assert assemble([Role("teacher")], {"teacher": teacher}, 0, fit=fitting(sources))
+            continue
+        with pytest.raises(UserError, match=r"data\.train\.size=32: .* latents of \(8, 8\) alone: leave size out"):
+            assemble([Role("teacher")], {"teacher": teacher}, 0, fit=fitting(sources))

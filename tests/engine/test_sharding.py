@@ -22,6 +22,8 @@ from fewstep.errors import UserError
 from fewstep.models.folder import open_model
 from fewstep.recipe import load_recipe
 
+from . import toy
+
 ROOT = Path(__file__).resolve().parents[2]
 DIT = {
     "from": "dit",
@@ -129,3 +131,14 @@ def test_blocks_are_the_members_of_the_outermost_lists():
         }
     )
     assert [type(block).__name__ for block in _blocks(net)] == ["Sequential"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+)
+def test_launch_files_of_other_engines_are_refused_with_what_to_write(monkeypatch, tmp_path, name, engine):
+    """They would be started and then not used."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=rf"{engine}.*train\.shard=true"):
+        toy.trained(toy.recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from fewstep.engine.exporting import check_export, export_run
+from fewstep.engine.exporting import check_export, export, export_run
 from fewstep.engine.trainer import Trainer
 from fewstep.errors import UserError
 from fewstep.models.folder import card
 from fewstep.recipe import load_recipe
 from fewstep.resources import config
 from tests.data.tiny_captions import tiny_captions
+from tests.models.tiny_qwen_image import tiny_qwen_image
 from tests.models.tiny_sd import tiny_sd
 
 SMALL = [
@@ -72,6 +73,22 @@ def test_training_changes_the_images(places, tmp_path):
     for p, kept in zip(method.student.ema.values(), method.teacher.module.parameters()):
         p.copy_(kept) if p.shape == kept.shape else None
     assert (method.samples(2, 0) - moved).abs().max() > 1e-3
+
+
+def test_heads_and_proxies_are_made_for_the_pictures_own_size(places, tmp_path):
+    """Of networks that take any: 8x8 latents are 4x4 tokens to Qwen-Image, which without data would draw 64x64."""
+    data = {"source": "captions", "path": str(places["captions"]), "size": 16}
+    said = {"teacher": str(tiny_qwen_image(tmp_path / "qwen")), "data": {"train": data}}
+    said["train"] = {"steps": 1, "batch": 2, "check_export": False}
+    critics = load_recipe({**said, "method": "decoupled_dmd", "config": {"regulariser": "gan"}})
+    trainer = Trainer(critics, tmp_path / "dmd", show=False)
+    trainer.run()
+    assert trainer.handles["discriminator"].module.heads[0][0].side == 4
+    proxy = {"mode": "proxy", "reward_start": 1, "proxy": {"width": 8, "depth": 1, "patch": 2}}
+    rewarded = load_recipe({**said, "method": "rg_lcd", "config": {"reward": {"linear": {}}, **proxy}})
+    Trainer(rewarded, tmp_path / "rg_lcd", show=False).run()
+    again = export(tmp_path / "dmd", tmp_path / "again")
+    assert card(again)["size"] == [16, 16]
 
 
 def test_without_a_vae_the_run_ends_before_it_starts(places, tmp_path):

@@ -39,6 +39,7 @@ SMALL = [
     "train.micro_batch=4",
     "train.save_every=null",
     "train.precision=fp32",
+    "teacher.weights=float32",
     "train.check_export=false",  # once, below
     "preview=null",
     "student.optimizer.lr=3e-3",

@@ -1,23 +1,37 @@
 """Metrics by name on sets whose scores are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fewstep.errors import UserError
+from fewstep.evaluation.fid import Moments
+from fewstep.evaluation.inception_score import inception_score as score_of_classes
 from fewstep.evaluation.metrics import (
     EvaluationSet,
     accuracy,
     diversity,
     fid,
     high_frequency,
+    inception_score,
+    kid,
     mean_pairwise_distance,
     precision_recall,
+    prompt_diversity,
     reward,
+    torch_fidelity_prc,
 )
 from fewstep.evaluation.registry import METRICS
+from fewstep.evaluation.statistics import Statistics
 from fewstep.rewards.base import Reward
 
-NAMES = {"fid": {"fid"}, "prdc": {"precision", "recall", "density", "coverage"}}
+NAMES = {
+    "kid": {"kid", "kid_std"},
+    "inception_score": {"inception_score", "inception_score_std"},
+    "prdc": {"precision", "recall", "density", "coverage"},
+    "prc": {"prc_precision", "prc_recall", "prc_f_score"},
+}
 
 
 class Same:
@@ -139,6 +153,32 @@ def test_diversity_is_the_mean_distance_within_a_class():
     assert diversity(_set(x[:2])) == {"diversity": pytest.approx(5)}
 
 
+def test_prompt_diversity_is_the_mean_distance_of_images_of_one_prompt():
+    x = torch.tensor([[0.0, 0.0], [100.0, 0.0], [3.0, 4.0], [100.0, 1.0], [7.0, 7.0]])
+    data = EvaluationSet(x, prompts=["a", "b", "a", "b", "c"], network=Same())
+    assert prompt_diversity(data) == {"prompt_diversity": pytest.approx((5 + 1) / 2)}
+    with pytest.raises(UserError, match="two images of some prompt"):
+        prompt_diversity(EvaluationSet(x, prompts=list("abcde"), network=Same()))
+
+
+def test_statistics_stand_for_the_reference_images():
+    x, y = _features(40), _features(60, seed=1)
+    made = Statistics.of(Moments.of(y), Same())
+    data = EvaluationSet(x, network=Same(), statistics=made)
+    assert fid(data) == fid(_set(x, y))
+    with pytest.raises(UserError, match="statistics' resize is 'clean'"):
+        fid(replace(data, statistics=replace(made, resize="clean")))
+
+
+def test_the_inception_score_reads_the_networks_own_classes():
+    """From the features where the network can: one pass serves FID and the score."""
+    x, network = _features(40), Same()
+    network.class_scores = lambda features: features[:, :3]
+    found = inception_score(EvaluationSet(x, network=network))
+    assert found == score_of_classes(x[:, :3])
+    assert network.calls == 1
+
+
 def test_a_collapsed_class_has_no_diversity():
     x = _features(3).repeat_interleave(4, 0)
     assert diversity(_set(x, labels=torch.arange(3).repeat_interleave(4)))["diversity"] == 0
@@ -167,6 +207,10 @@ def test_sets_of_unequal_size_are_cut_to_one_size_without_losing_classes():
         (accuracy, "labels"),
         (high_frequency, "reference_images"),
         (reward, "judge"),
+        (kid, "reference"),
+        (torch_fidelity_prc, "reference"),
+        (prompt_diversity, "prompts"),
+        (inception_score, "class_scores"),
     ],
 )
 def test_a_metric_says_what_it_lacks(metric, missing):

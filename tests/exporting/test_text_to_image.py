@@ -60,9 +60,8 @@ def test_the_stock_pipeline_makes_the_solvers_images(
 
 
 def test_every_text_row_of_the_table_is_held_to_the_solver():
-    assert {(t.kind, t.pipeline_name, t.scheduler) for t in TARGETS if t.embeds} == {
-        (row[1], row[5], row[6]) for row in ROWS
-    }
+    vp = [target for target in TARGETS if target.embeds and target.path == "vp"]  # FLUX.1: tests/models
+    assert {(t.kind, t.pipeline_name, t.scheduler) for t in vp} == {(row[1], row[5], row[6]) for row in ROWS}
 
 
 @pytest.fixture(scope="module")

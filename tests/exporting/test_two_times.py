@@ -286,6 +286,19 @@ def test_families_whose_pipelines_tell_no_second_time_are_refused_with_the_mend(
     assert training_path(family, path, on, labels=False, latent=True) == path
 
 
+def test_guidance_that_keeps_the_norm_is_refused_where_no_pipeline_knows_it():
+    """Self-E's, of its instantaneous velocities: without guidance the stock pipeline samples them."""
+    family = FAMILIES.get("stable_diffusion")
+    path = FAMILIES.get("unet2d").build(sample_size=8, path=EPS).path
+
+    def on(guidance):
+        return lambda path: Schedule("ode", path.grid(4), guidance=guidance, rescale="energy", target="same")
+
+    with pytest.raises(UserError, match=r"StableDiffusionPipeline does not keep the norm .*config.guidance_scale: 1$"):
+        training_path(family, path, on(5.0), labels=False, latent=True, reads=("s",))
+    assert training_path(family, path, on(1.0), labels=False, latent=True, reads=("s",)) == path
+
+
 # loading back
 
 

@@ -44,7 +44,7 @@ RECIPES = {
     "twinflow/sana_1600m": Shipped(tiny_sana, 32, 1615.6, 30.1),
     "twinflow/sd35": Shipped(tiny_sd3, 16, 29.4, 9.6),
     "twinflow/qwen_image": Shipped(tiny_qwen_image, 16, 20450.8, 380.9),
-    "twinflow/qwen_image_lora": Shipped(tiny_qwen_image, 16, 425.3, 82.4),
+    "twinflow/qwen_image_lora": Shipped(tiny_qwen_image, 16, 425.3, 44.4),
     "self_e/sd3": Shipped(tiny_sd3, 16, 2245.9, 77.0),
 }
 
@@ -70,6 +70,7 @@ def words(name: str, root: Path) -> list[str]:
         new,
         f"data.train.path={pictures}",
         f"data.train.size={said.pixels}",
+        f"{first}.weights=float32",
         "train={steps: 2, batch: 8, micro_batch: 4, log_every: 1, check_export: false}",
         "preview=null",
     ]

@@ -17,16 +17,14 @@ from fewstep.data.batch import Cond
 from fewstep.draws import Draw
 from fewstep.engine.activations import _as_on_a_gpu
 from fewstep.errors import UserError
-from fewstep.exporting.folder import export
-from fewstep.exporting.fresh import given_noise, images_of
 from fewstep.exporting.grids import same_pairs, trained_pairs
 from fewstep.exporting.lora import LORA_FILE, save_lora
-from fewstep.exporting.pipeline import addresses, generate, load_pipeline
+from fewstep.exporting.pipeline import generate, load_pipeline
 from fewstep.exporting.reload import reload_check
-from fewstep.exporting.targets import target_for, training_path
+from fewstep.exporting.targets import target_for
 from fewstep.maths.guidance import guided
 from fewstep.maths.paths import FlowPath
-from fewstep.maths.solvers import Schedule, sample
+from fewstep.maths.solvers import Schedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import family_of, open_model
 from fewstep.models.lumina2 import LUMINA2
@@ -34,10 +32,11 @@ from fewstep.nets.discriminator import Discriminator
 from fewstep.nets.extra_inputs import folded
 from fewstep.roles import merged
 
+from .exported import SHAPE, drawn, exported
 from .flow_stock import PROMPTS, denoiser, off, pretrained, student, with_module
 from .tiny_lumina2 import LENGTH, SHIFT, SYSTEM, tiny_lumina2
 
-SHAPE = (4, 8, 8)
+SIZE = (64, 64)  # its autoencoder makes 8 pixels of a latent
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -392,41 +391,21 @@ def test_pipelines_from_elsewhere_are_recognised(folder):
 # ---- export
 
 
-def exported(role: Denoiser, out: Path, kind: Any = "ode", steps: int = 2) -> tuple[Path, Tensor]:
-    """The folder of a student, and its images [2, 3, 64, 64] in 0..1 by our own solver."""
-    h = role.handle
-    path = training_path(LUMINA2, role.path, lambda p: Schedule(kind, p.grid(steps)), labels=False, latent=True)
-    assert path == h.path
-    schedule, plain = Schedule(kind, path.grid(steps)), with_module(role, merged(h) if h.adapter else h.module)
-    with torch.no_grad():
-        x0 = sample(plain, schedule, h.around.prompts(PROMPTS), Draw.for_images(0, range(2)), SHAPE)
-        images = (plain.decode(x0) / 2 + 0.5).clamp(0, 1)
-    said: dict[str, Any] = {"card": {"method": "toy", "size": [64, 64]}, "adapter": h.adapter, "around": h.around}
-    return export(plain.handle.module, LUMINA2, path, schedule, out, **said), images
-
-
-def drawn(pipeline: Any, steps: int = 2) -> Tensor:
-    """Two images [2, 3, 64, 64] in 0..1 from the noise of addresses, without guidance."""
-    with given_noise(pipeline, addresses(Draw.for_images(0, range(2)))):
-        images = images_of(pipeline, 2, None, steps, 1.0, PROMPTS, (64, 64))
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("kind", ["ode", "renoise"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_exported_stock_pipeline_makes_the_solvers_images(folder, tmp_path, kind, steps):
     """Asked for N steps alone it visits the levels that are trained, t = 6 u / (1 + 5 u); noise in the sampler's order."""
-    out, images = exported(denoiser(folder), tmp_path / "m", kind, steps)
+    out, images = exported(denoiser(folder), tmp_path / "m", kind, steps, SIZE)
     theirs = load_pipeline(out, device="cpu")
     assert type(theirs).__name__ == "Lumina2Pipeline" and open_model(out).path == FlowPath(shift=SHIFT)
-    torch.testing.assert_close(drawn(theirs, steps), images, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(theirs, steps, size=SIZE), images, atol=1e-4, rtol=0)
     levels = [1000 * 6 * u / (1 + 5 * u) for u in (1 - i / steps for i in range(steps))]
     assert theirs.scheduler.timesteps.tolist() == pytest.approx(levels, abs=1e-3)
 
 
 def test_sampling_a_folder_turns_the_pipelines_guidance_off(folder, tmp_path):
     """Its default is 4; a student's is 1, which is said in the example too."""
-    out, images = exported(denoiser(folder), tmp_path / "m")
+    out, images = exported(denoiser(folder), tmp_path / "m", size=SIZE)
     made = generate(out, 2, prompts=PROMPTS)
     assert (made.images / 255 - images).abs().max() <= 0.5 / 255 + 1e-4 and made.nfe == 2
     guided_ = generate(out, 2, prompts=PROMPTS, guidance=4.0)
@@ -444,21 +423,21 @@ def test_a_student_of_guidance_finds_no_stock_pipeline():
 def test_exported_student_makes_the_same_images_merged_and_as_an_adapter(folder, tmp_path):
     """The folder in diffusers alone, and its LoRA file on the stock pipeline of the base."""
     role = student(folder, tune="lora", lora={"rank": 2, "targets": "wide"}, moved=0.1)
-    out, images = exported(role, tmp_path / "m")
+    out, images = exported(role, tmp_path / "m", size=SIZE)
     reloaded = Lumina2Pipeline.from_pretrained(out, use_safetensors=True)
-    assert (drawn(reloaded) - images).abs().max() < 1e-4
+    assert (drawn(reloaded, size=SIZE) - images).abs().max() < 1e-4
     adapted = Lumina2Pipeline.from_pretrained(folder)
     adapted.register_modules(scheduler=reloaded.scheduler)
-    before = drawn(adapted)
+    before = drawn(adapted, size=SIZE)
     adapted.load_lora_weights(out)
-    assert (drawn(adapted) - images).abs().max() < 1e-4 and (before - images).abs().max() > 1e-3
+    assert (drawn(adapted, size=SIZE) - images).abs().max() < 1e-4 and (before - images).abs().max() > 1e-3
     adapted.unload_lora_weights()
-    assert torch.equal(drawn(adapted), before)
+    assert torch.equal(drawn(adapted, size=SIZE), before)
 
 
 @pytest.mark.slow
 def test_a_fresh_process_makes_the_same_images(folder, tmp_path):
     """Only diffusers, without fewstep."""
-    out, images = exported(student(folder, moved=0.02), tmp_path / "m")
+    out, images = exported(student(folder, moved=0.02), tmp_path / "m", size=SIZE)
     start = Draw.for_images(0, range(2)).normal("rollout.start", *SHAPE)
     assert reload_check(out, 2 * images - 1, start, prompts=PROMPTS) < 1e-4

@@ -16,28 +16,24 @@ from torch import Tensor
 from fewstep.data.batch import Cond
 from fewstep.draws import Draw
 from fewstep.errors import UserError
-from fewstep.exporting.folder import export
-from fewstep.exporting.fresh import given_noise, images_of
 from fewstep.exporting.grids import grid, same_pairs, trained_pairs
 from fewstep.exporting.lora import LORA_FILE
-from fewstep.exporting.pipeline import addresses, generate, load_pipeline
+from fewstep.exporting.pipeline import generate, load_pipeline
 from fewstep.exporting.reload import reload_check
-from fewstep.exporting.targets import target_for, training_path
 from fewstep.maths.losses import mse_rows
 from fewstep.maths.paths import VPPath
-from fewstep.maths.solvers import Schedule, sample
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.folder import family_of, open_model
+from fewstep.models.folder import card, family_of, open_model
 from fewstep.models.pixart_sigma import PIXART_SIGMA, PixArtSigmaFamily
 from fewstep.nets.discriminator import Discriminator
 from fewstep.nets.extra_inputs import folded
 from fewstep.roles import merged
 
+from .exported import SHAPE, drawn, exported
 from .flow_stock import off, student, with_module
 from .stock import PROMPTS, denoiser, own, pretrained
 from .tiny_pixart import LENGTH, SCHEDULER, tiny_pixart
 
-SHAPE = (4, 8, 8)
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "use_resolution_binning": False}  # its table begins at 256 pixels
 
 
@@ -348,26 +344,6 @@ def test_a_pipeline_of_pixart_alpha_is_refused(folder, tmp_path):
 # ---- export
 
 
-def exported(role: Denoiser, out: Path, kind: Any = "ode", steps: int = 2) -> tuple[Path, Tensor]:
-    """The folder of a student, and its images [2, 3, 16, 16] in 0..1 by our own solver."""
-    h = role.handle
-    path = training_path(PIXART_SIGMA, role.path, lambda p: Schedule(kind, p.grid(steps)), labels=False, latent=True)
-    assert path == h.path
-    schedule, plain = Schedule(kind, path.grid(steps)), with_module(role, merged(h) if h.adapter else h.module)
-    with torch.no_grad():
-        x0 = sample(plain, schedule, h.around.prompts(PROMPTS), Draw.for_images(0, range(2)), SHAPE)
-        images = (plain.decode(x0) / 2 + 0.5).clamp(0, 1)
-    said: dict[str, Any] = {"card": {"method": "toy", "size": [16, 16]}, "adapter": h.adapter, "around": h.around}
-    return export(plain.handle.module, PIXART_SIGMA, path, schedule, out, **said), images
-
-
-def drawn(pipeline: Any, steps: int, guidance: float = 1.0) -> Tensor:
-    """Two images [2, 3, 16, 16] in 0..1 from the noise of addresses."""
-    with given_noise(pipeline, addresses(Draw.for_images(0, range(2)))):
-        images = images_of(pipeline, 2, None, steps, guidance, PROMPTS, (16, 16))
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("kind", ["ode", "renoise"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_the_exported_stock_pipeline_makes_the_solvers_images(folder, tmp_path, kind, steps):
@@ -387,14 +363,9 @@ def test_guidance_is_said_to_the_exported_pipeline(folder, tmp_path):
     made = generate(out, 2, prompts=PROMPTS)
     assert (made.images / 255 - images).abs().max() <= 0.5 / 255 + 1e-4 and made.nfe == 2
     assert "guidance_scale=1" in (out / "README.md").read_text() and "height=16" in (out / "README.md").read_text()
-    role = denoiser(folder)
-    schedule = Schedule("ode", role.path.grid(2), guidance=3.0)
-    row = target_for(PIXART_SIGMA, role.path, schedule, labels=False, latent=True)
-    with torch.no_grad():
-        x0 = sample(role, schedule, role.handle.around.prompts(PROMPTS), Draw.for_images(0, range(2)), SHAPE)
-        wanted = (role.decode(x0) / 2 + 0.5).clamp(0, 1)
-    assert row.guidance(schedule) == "cfg" and (wanted - images).abs().max() > 1e-2
-    assert (drawn(load_pipeline(out, device="cpu"), 2, 3.0) - wanted).abs().max() < 1e-4
+    own, wanted = exported(denoiser(folder), tmp_path / "own", guidance=3.0)
+    assert card(own)["guidance_scale"] == "cfg" and (wanted - images).abs().max() > 1e-2
+    assert (drawn(load_pipeline(own, device="cpu"), 2, 3.0) - wanted).abs().max() < 1e-4
 
 
 def test_an_adapter_is_exported_merged(folder, tmp_path):

@@ -9,23 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.draws import Draw
 from fewstep.errors import UserError
-from fewstep.exporting.folder import export
-from fewstep.exporting.fresh import given_noise, images_of
-from fewstep.exporting.pipeline import addresses, generate, load_pipeline
-from fewstep.exporting.targets import target_for, training_path
+from fewstep.exporting.pipeline import generate, load_pipeline
+from fewstep.exporting.targets import target_for
 from fewstep.maths.average_velocity import average_velocity
 from fewstep.maths.paths import FlowPath
-from fewstep.maths.solvers import Schedule, sample
+from fewstep.maths.solvers import Schedule
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.folder import family_of, open_model
 from fewstep.models.qwen_image import QWEN_IMAGE
 from fewstep.roles import Role, RoleSpec, assemble
+from tests.models.exported import SHAPE, drawn, exported
 from tests.models.stock import PROMPTS, denoiser
 from tests.models.tiny_qwen_image import tiny_qwen_image
-
-SHAPE = (4, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -216,22 +212,11 @@ def test_versions_that_attend_to_padding_are_refused(folder, monkeypatch):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_exported_stock_pipeline_makes_the_solvers_images(folder, tmp_path, kind, steps):
     """Config alone: static shift, no terminal level; noise in the sampler's order; the size is in the card."""
-    loaded = open_model(folder)
-    QWEN_IMAGE.fit(loaded.module, SHAPE)
-    on = lambda path: Schedule(kind, path.grid(steps))  # noqa: E731
-    path = training_path(QWEN_IMAGE, loaded.path, on, labels=False, latent=True)
-    assert path == loaded.path == FlowPath()
-    said = {"size": [16, 16]}
-    out = export(loaded.module, QWEN_IMAGE, path, on(path), tmp_path / "m", card=said, around=loaded.around)
-    role = denoiser(folder)
-    draw = Draw.for_images(0, range(2))
-    with torch.no_grad():
-        ours = role.decode(sample(role, on(path), role.handle.around.prompts(PROMPTS), draw, SHAPE)) / 2 + 0.5
+    out, ours = exported(denoiser(folder), tmp_path / "m", kind, steps)
     theirs = load_pipeline(out, device="cpu")
-    assert type(theirs).__name__ == "QwenImagePipeline"
-    with given_noise(theirs, addresses(Draw.for_images(0, range(2)))):
-        images = torch.from_numpy(images_of(theirs, 2, None, steps, None, PROMPTS, (16, 16))).permute(0, 3, 1, 2)
-    torch.testing.assert_close(images, ours.clamp(0, 1), atol=1e-4, rtol=0)
+    assert type(theirs).__name__ == "QwenImagePipeline" and open_model(out).path == FlowPath()
+    images = drawn(theirs, steps, None)
+    torch.testing.assert_close(images, ours, atol=1e-4, rtol=0)
     assert theirs.scheduler.timesteps.tolist() == pytest.approx([1000 * (1 - i / steps) for i in range(steps)])
     made = generate(theirs, 2, prompts=PROMPTS)
     assert (made.images / 255 - images).abs().max() <= 0.5 / 255 + 1e-4 and made.nfe == steps

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from fewstep.draws import Draw
 from fewstep.exporting import checks_sampling
 from fewstep.exporting.doctor import doctor
-from fewstep.exporting.folder import export
 from fewstep.exporting.guidance_number import guidance_number
 from fewstep.exporting.pipeline import generate, load_pipeline
 from fewstep.exporting.reload import reload_check
-from fewstep.exporting.targets import target_for, training_path
+from fewstep.exporting.targets import target_for
 from fewstep.maths.paths import FlowPath
-from fewstep.maths.solvers import Schedule, sample
+from fewstep.maths.solvers import Schedule
+from fewstep.models.folder import open_model
 from fewstep.models.z_image import Z_IMAGE
 
+from .exported import SHAPE, exported
 from .flow_stock import denoiser, student
 from .tiny_z_image import tiny_z_image
 
-SHAPE = (4, 8, 8)
 TEXTS = ("a red cat", "two dogs and a much longer prompt than that")
 
 
@@ -34,28 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_z_image(tmp_path_factory.mktemp("tiny") / "z_image")
 
 
-def exported(role: Any, out: Path, kind: Any, steps: int, scale: float) -> tuple[Path, Tensor]:
-    """The folder of a student, and its images [2, 3, 16, 16] in 0..1 by our own solver."""
-
-    def on(path: Any) -> Schedule:
-        return Schedule(kind, path.grid(steps), guidance=scale)
-
-    path = training_path(Z_IMAGE, role.path, on, labels=False, latent=True)
-    assert path == role.path == FlowPath(shift=3.0)
-    h, said = role.handle, {"method": "toy", "size": [16, 16]}
-    with torch.no_grad():
-        x0 = sample(role, on(path), h.around.prompts(TEXTS), Draw.for_images(0, range(2)), SHAPE)
-        images = (role.decode(x0) / 2 + 0.5).clamp(0, 1)
-    return export(h.module, Z_IMAGE, path, on(path), out, card=said, around=h.around), images
-
-
 @pytest.mark.parametrize(("kind", "steps", "scale"), [("ode", 1, 1.0), ("ode", 4, 3.0), ("renoise", 4, 1.0)])
 def test_the_stock_pipeline_makes_the_solvers_images(folder, tmp_path, kind, steps, scale):
     """Config alone: static shift; asked for the usual scale, the pipeline is told one less."""
-    out, images = exported(denoiser(folder), tmp_path / "m", kind, steps, scale)
+    out, images = exported(denoiser(folder), tmp_path / "m", kind, steps, prompts=TEXTS, guidance=scale)
     theirs = load_pipeline(out, device="cpu")
     made = generate(theirs, 2, prompts=TEXTS)
     assert type(theirs).__name__ == "ZImagePipeline" and made.guidance == scale
+    assert open_model(out).path == FlowPath(shift=3.0)
     assert (made.images / 255 - images).abs().max() <= 0.5 / 255 + 1e-4
     assert made.nfe == steps * (1 if scale == 1 else 2)
     card = (out / "README.md").read_text()
@@ -76,7 +59,7 @@ def test_a_second_time_finds_no_pipeline():
 
 def test_the_doctor_names_the_version_that_takes_these_levels(folder, tmp_path, monkeypatch):
     """Older stock pipelines, asked for N steps, end them at t = 0; the two images are made in the pipeline's number."""
-    out, _ = exported(denoiser(folder), tmp_path / "m", "ode", 2, 1.0)
+    out, _ = exported(denoiser(folder), tmp_path / "m")
     assert any("loads with diffusers >= 0.39" in found.what for found in doctor(out))
     monkeypatch.setattr(checks_sampling, "version", lambda _name: "0.38.0")
     (error,) = (found for found in doctor(out) if found.level == "error")
@@ -86,7 +69,7 @@ def test_the_doctor_names_the_version_that_takes_these_levels(folder, tmp_path, 
 @pytest.mark.slow
 def test_a_fresh_process_makes_the_same_images(folder, tmp_path):
     """Only diffusers, without fewstep; twice with the same prompts, whose list the pipeline writes into."""
-    out, images = exported(student(folder, moved=0.02), tmp_path / "m", "ode", 2, 3.0)
+    out, images = exported(student(folder, moved=0.02), tmp_path / "m", prompts=TEXTS, guidance=3.0)
     start = Draw.for_images(0, range(2)).normal("rollout.start", *SHAPE)
     again = {2: 2 * images - 1}
     assert reload_check(out, 2 * images - 1, start, prompts=TEXTS, further=again) < 1e-4

@@ -59,7 +59,7 @@ def test_several_features_give_the_mean_of_their_logits():
 
 
 def test_tokens_that_are_no_square_are_refused():
-    with pytest.raises(ValueError, match="7 tokens are no square"):
+    with pytest.raises(UserError, match="7 tokens are no square"):
         Discriminator([(7, 8)])
 
 
