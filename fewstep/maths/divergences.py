@@ -8,12 +8,10 @@ and normalisers are the caller's. `scaled` multiplies by T^2, which keeps gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def forward_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, scaled: bool = True) -> Tensor:
@@ -39,38 +37,6 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, temperature: float 
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return _factor(temperature, scaled) * (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m))
-
-
-def chunked(
-    divergence: Callable[[Tensor, Tensor], Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    teacher: Tensor,
-    *,
-    bias: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    chunk: int = 1024,
-) -> Tensor:
-    """divergence(hidden @ weight^T + bias, teacher logits) without ever holding all student logits: [..., D] -> [...].
-
-    divergence: `(student logits, teacher logits) -> [tokens]`, e.g. `partial(jsd, beta=0.1)`. hidden [..., D], weight
-    [V, D]; teacher is logits [..., V], or hidden states [..., D_t] when teacher_weight [V, D_t] is given.
-    Tokens go through `chunk` at a time and are computed anew in the backward pass: O(chunk * V) memory, same gradients.
-    Raises ValueError when teacher and student differ in tokens.
-    """
-    if hidden.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"{tuple(hidden.shape[:-1])} tokens of the student, {tuple(teacher.shape[:-1])} of the teacher"
-        )
-
-    def piece(student: Tensor, other: Tensor) -> Tensor:
-        logits = other if teacher_weight is None else F.linear(other, teacher_weight, teacher_bias)
-        return divergence(F.linear(student, weight, bias), logits)
-
-    pieces = zip(hidden.flatten(0, -2).split(chunk), teacher.flatten(0, -2).split(chunk))
-    rows = [checkpoint(piece, s, o, use_reentrant=False, preserve_rng_state=False) for s, o in pieces]
-    return torch.cat(rows).reshape(hidden.shape[:-1])
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

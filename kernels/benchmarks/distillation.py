@@ -24,8 +24,6 @@ import torch
 from fewstep_kernels.distillation import Head, distillation_loss
 from torch import Tensor
 
-from fewstep.maths import divergences
-
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 OURS = "chunked"
 Case = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden [n, D], weight [V, D] and the teacher's
@@ -37,13 +35,6 @@ def ours(backend: str, case: Case, beta: float) -> Tensor:
     return distillation_loss(
         Head(*case[:2]), Head(*case[2:]), divergence="jsd", beta=beta, scaled=False, backend=backend
     )
-
-
-def recomputed(case: Case, beta: float) -> Tensor:
-    """`fewstep.maths.divergences.chunked`: chunks that the backward pass computes anew."""
-    hidden, weight, theirs, teacher_weight = case
-    divergence = partial(divergences.jsd, beta=beta)
-    return divergences.chunked(divergence, hidden, weight, theirs, teacher_weight=teacher_weight, chunk=128).mean()
 
 
 def liger(chunk: int, case: Case, beta: float) -> Tensor:
@@ -66,7 +57,6 @@ CANDIDATES: dict[str, Loss] = {
     OURS: partial(ours, OURS),
     "triton": partial(ours, "triton"),
     "plain logits": partial(ours, "reference"),
-    "maths.chunked": recomputed,
     "liger 128": partial(liger, 128),
     "liger 1024": partial(liger, 1024),
     "trl": trl,

@@ -1,7 +1,7 @@
 """All benchmarks of kernels on the card at hand, each in a process of its own: `python kernels/benchmarks/run_all.py [FOLDER]`.
 
-Writes FOLDER/attention.csv, FOLDER/attention_errors.csv and FOLDER/distillation.csv (FOLDER: ./benchmarks). Without CUDA the CPU is measured, and the
-errors are those of `chunked`, or with TRITON_INTERPRET=1 of the interpreted kernels too.
+Writes FOLDER/attention.csv, FOLDER/attention_errors.csv and FOLDER/distillation.csv (FOLDER: ./benchmarks). Without
+CUDA the CPU is measured, and the errors are those of `chunked`, or with TRITON_INTERPRET=1 of the interpreted kernels too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Divergences over a vocabulary: known values, closed-form gradients, and the chunked form."""
+"""Divergences over a vocabulary: known values, and closed-form gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from fewstep.maths.divergences import chunked, forward_kl, jsd, reverse_kl
+from fewstep.maths.divergences import forward_kl, jsd, reverse_kl
 
 F64 = torch.float64
 TEACHER = torch.tensor([2.0, 0.0, 0.0], dtype=F64)
@@ -105,57 +105,3 @@ def test_half_precision_logits_are_compared_in_float32(normal):
     loss = forward_kl(z, y)
     assert loss.dtype == torch.float32
     assert torch.allclose(loss, forward_kl(z.double(), y.double()).float(), rtol=1e-5)
-
-
-class TestChunked:
-    @pytest.fixture
-    def parts(self, normal):
-        hidden, weight, bias = normal(2, 5, 4), normal(9, 4), normal(9)
-        return [p.requires_grad_() for p in (hidden, weight, bias)], normal(2, 5, 9)
-
-    @pytest.mark.parametrize("chunk", [1, 3, 10, 64])
-    @pytest.mark.parametrize("divergence", ALL)
-    def test_equals_the_unchunked_value_and_gradients(self, parts, divergence, chunk):
-        (hidden, weight, bias), teacher = parts
-        plain = divergence(hidden @ weight.T + bias, teacher)
-        loss = chunked(divergence, hidden, weight, teacher, bias=bias, chunk=chunk)
-        assert torch.allclose(loss, plain, atol=1e-14)
-        factor = torch.arange(10.0, dtype=F64).reshape(2, 5)  # every token weighs differently, as under a mask
-        ours = torch.autograd.grad((factor * loss).sum(), (hidden, weight, bias))
-        theirs = torch.autograd.grad((factor * plain).sum(), (hidden, weight, bias))
-        for a, b in zip(ours, theirs):
-            assert torch.allclose(a, b, atol=1e-13)
-
-    def test_a_teacher_may_come_as_hidden_states_of_another_width(self, parts, normal):
-        (hidden, weight, bias), _ = parts
-        states, head, shift = normal(2, 5, 6), normal(9, 6), normal(9)
-        loss = chunked(reverse_kl, hidden, weight, states, bias=bias, teacher_weight=head, teacher_bias=shift, chunk=4)
-        assert torch.allclose(loss, reverse_kl(hidden @ weight.T + bias, states @ head.T + shift), atol=1e-14)
-
-    def test_no_tensor_of_all_logits_is_ever_made(self, normal):
-        """What autograd keeps and what passes through the divergence is bounded by chunk * V."""
-        seen, tokens, vocabulary, chunk = [], 64, 500, 8
-        hidden, weight = normal(tokens, 4).requires_grad_(), normal(vocabulary, 4).requires_grad_()
-        states, head = normal(tokens, 3), normal(vocabulary, 3)
-
-        def counting(student, teacher):
-            seen.append(student.numel())
-            return forward_kl(student, teacher)
-
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            loss = chunked(counting, hidden, weight, states, teacher_weight=head, chunk=chunk)
-        loss.sum().backward()
-        assert max(seen) == chunk * vocabulary
-        assert len(seen) == 2 * tokens // chunk  # once forward, once again backward
-        assert max(kept, default=0) <= weight.numel()
-
-    def test_no_tokens_give_no_loss(self, parts):
-        (_, weight, _), _ = parts
-        empty = torch.zeros(0, 4, dtype=F64)
-        assert chunked(forward_kl, empty, weight, torch.zeros(0, 9, dtype=F64)).shape == (0,)
-
-    def test_tokens_of_teacher_and_student_must_match(self, parts, normal):
-        (hidden, weight, _), _ = parts
-        with pytest.raises(ValueError, match="of the teacher"):
-            chunked(forward_kl, hidden, weight, normal(2, 1, 9))

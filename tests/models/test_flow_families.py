@@ -180,7 +180,15 @@ def test_known_pipelines_have_the_size_that_their_name_says(name):
     factor = FAMILIES.get(loaded.family).facts.latent.factor
     side = FAMILIES.get(loaded.family).row_shape(loaded.module)[-1] * factor
     assert side == (512 if "512px" in name else 1024)
-    size = {"600M": 0.592, "0.6B": 0.592, "1600M": 1.604, "1.6B": 1.6045, "3-medium": 2.028, "3.5-medium": 2.243, "3.5-large": 8.057}
+    size = {
+        "600M": 0.592,
+        "0.6B": 0.592,
+        "1600M": 1.604,
+        "1.6B": 1.6045,
+        "3-medium": 2.028,
+        "3.5-medium": 2.243,
+        "3.5-large": 8.057,
+    }
     billions = next(count for word, count in reversed(size.items()) if word in name)
     assert sum(p.numel() for p in loaded.module.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
 
