@@ -413,7 +413,8 @@ def _handle(role: Role, spec: RoleSpec, handles: Mapping[str, Handle], seed: int
         if spec.gradient_checkpointing:
             checkpointed(module)
         adapter = _adapter(module, spec, loaded.family, role).to(device) if tune == "lora" else None
-    origin = str(FilePath(source).resolve()) if source is not None and FilePath(source).is_dir() else source
+    base = spec.build.get("base", source)  # of families that are made from another one's network
+    origin = str(FilePath(base).resolve()) if base is not None and FilePath(base).is_dir() else base
     return Handle(role, module, spec, tune, adapter, loaded.family or None, loaded.path, origin, loaded.around)
 
 

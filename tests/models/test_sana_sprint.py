@@ -316,6 +316,7 @@ def test_a_base_that_is_fed_1000_t_or_is_no_sana_is_refused(folder, tmp_path):
 def test_what_has_just_gained_its_input_is_guided_by_two_calls_and_learns_it_in_full(sana):
     """As a teacher it is the SANA that it was; an adapter would not reach the new layers."""
     made, teacher = from_base(sana), denoiser(sana)
+    assert made.handle.origin == str(sana)  # which the card names
     teacher_too = with_module(made, made.handle.module)
     teacher_too.handle.role = Role("teacher")
     cond = teacher.handle.around.prompts(PROMPTS)
