@@ -95,6 +95,7 @@ def test_two_processes_with_parts_equal_one(tmp_path, tune):
     assert all(torch.allclose(exported[name], trained[name], rtol=0, atol=1e-5) for name in trained)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_parts(tmp_path):
     """As one that was never stopped."""
     said = recipe("full", shard=True, check_export=False)

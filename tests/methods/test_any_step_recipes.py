@@ -49,6 +49,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_plan_without_weights(name):
     """What trains, and the memory of one process before activations."""

@@ -11,6 +11,7 @@ from fewstep.resources import config
 BASE = 20_430_401_088
 
 
+@pytest.mark.slow
 def test_the_adapter_shares_the_teachers_weights():
     """Base in bfloat16, rank 64 on attention, feed-forward and time layers; 4 + 4 + 8 bytes a trained parameter, no EMA."""
     made = plan(config("twinflow/qwen_image_lora.yaml"))
@@ -22,6 +23,7 @@ def test_the_adapter_shares_the_teachers_weights():
     assert (made.stages[0].batch, made.stages[0].parts, made.stages[0].steps) == (64, 16, 7000)
 
 
+@pytest.mark.slow
 def test_full_tuning_takes_one_network_and_no_teacher():
     """Weights, gradients, Adam and EMA, 20 bytes a parameter; s and sign are two embeddings of 256 to 3072 to 3072."""
     made = plan(config("twinflow/qwen_image.yaml"))

@@ -19,6 +19,7 @@ from tests.models.tiny_sd import tiny_sd
 LATENT = {"sd15": "sd15", "sd21": "sd21", "sdxl_lora": "sdxl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, adapter, peak", [("sd15", 12.8, 19.4), ("sd21", 13.3, 19.6), ("sdxl_lora", 92.9, 12.7)])
 def test_latent_recipes_plan_without_weights(name, adapter, peak):
     """Millions of parameters in D's rank-64 adapter; GiB at the peak without activations."""
