@@ -18,6 +18,7 @@ from ..maths.paths import Path as NoisePath
 from ..maths.solvers import Schedule
 from ..models.folder import path_from
 from ..models.hub import is_hub_id
+from ..models.registry import FAMILIES
 from .atomic import sha256
 from .guidance_number import guidance_number
 from .lora import LORA_FILES
@@ -198,6 +199,8 @@ def _adapter(said: Mapping[str, Any]) -> str:
     named = f"The same student as an adapter of its base: `{said['lora']}`"
     if said["lora"] not in LOADED:
         return f"{named}{ELSEWHERE[said['lora']]}.\n"
+    if said["family"] in FAMILIES and FAMILIES.get(said["family"]).facts.lora_mixin is None:
+        return f"{named}, which no loader of {said['pipeline']} reads; export it with `--lora-layout peft` for peft.\n"
     steps = len(said["schedule"]["u"])
     told = f", guidance_scale={_number(said):g}" if said["guidance_scale"] != "none" else ""
     if said["remote_code"]:  # which hands its scheduler the levels, where the stock pipeline would not

@@ -29,7 +29,6 @@ from fewstep.models.folder import family_of, open_model
 from fewstep.models.known import KNOWN
 from fewstep.models.wan import WAN
 from fewstep.nets.discriminator import Discriminator
-from fewstep.nets.extra_inputs import folded
 from fewstep.roles import merged
 
 from .flow_stock import PROMPTS, denoiser, off, pretrained, student, with_module
@@ -245,21 +244,6 @@ def test_parts_are_what_the_stock_constructor_takes(folder, noise):
 # ---- roles
 
 
-def test_a_second_time_and_a_sign_change_nothing_at_first_and_nothing_at_equal_times(folder, noise):
-    """To the bit; once learnt, s and sign count."""
-    base, made, t = denoiser(folder), student(folder, ("s", "sign")), torch.tensor([0.3, 0.8])
-    cond = base.handle.around.prompts(PROMPTS)
-    with torch.no_grad():
-        wanted = base.velocity(noise, t, cond)
-        for s in (torch.zeros(2), t / 2, t):
-            assert torch.equal(made.velocity(noise, t, cond.with_(s=s, sign=torch.tensor([1.0, -1.0]))), wanted)
-        for part in made.handle.module.extra_inputs.embeddings.values():
-            part[-1].weight.normal_(generator=torch.Generator().manual_seed(0))
-        assert torch.equal(made.velocity(noise, t, cond.with_(s=t)), wanted)
-        for more in ({"s": t / 2}, {"s": t, "sign": -torch.ones(2)}):
-            assert off(made.velocity(noise, t, cond.with_(**more)), wanted) > 1e-2
-
-
 def test_what_joins_the_time_embedding_reaches_blocks_and_last_norm(folder, noise):
     """A learnt gap moves the modulation of the blocks and that of the output."""
     role, t = student(folder, ("s",)), torch.tensor([0.5, 0.9])
@@ -272,26 +256,6 @@ def test_what_joins_the_time_embedding_reaches_blocks_and_last_norm(folder, nois
     hook.remove()
     for equal, half in zip(*seen):
         assert (equal - half).abs().amax(1).min() > 1e-2
-
-
-def test_an_adapter_reads_the_second_time_from_the_label(folder, noise):
-    """At s = 0 it is told t, at s = t what t / 2 is told, and the negative of it at sign -1."""
-    base, made = denoiser(folder), student(folder, ("s", "sign"), tune="lora", lora={"rank": 2})
-    t = torch.full((2,), 0.6)
-    cond = base.handle.around.prompts(PROMPTS)
-    with torch.no_grad():
-        for label, more in ((t, {"s": 0 * t}), (t / 2, {"s": t}), (-t / 2, {"s": t, "sign": -torch.ones(2)})):
-            assert off(made.velocity(noise, t, cond.with_(**more)), base.velocity(noise, label, cond)) < 1e-5
-
-
-def test_an_embedded_guidance_folds_into_the_stock_class(folder, noise):
-    """A constant input is a bias of the time embedding: the exported network has no further input."""
-    role, t = student(folder, ("guidance",), moved=0.02), torch.tensor([0.4, 0.7])
-    cond = role.handle.around.prompts(PROMPTS)
-    plain = with_module(role, folded(role.handle.module, {"guidance": 5.0}))
-    with torch.no_grad():
-        wanted = role.velocity(noise, t, cond.with_(guidance=torch.full((2,), 5.0)))
-        torch.testing.assert_close(plain.velocity(noise, t, cond), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "layers"), [("default", 2 * 8), ("wide", 2 * 10)])
@@ -317,35 +281,6 @@ def test_the_stock_loader_reads_an_adapter(folder, noise, tmp_path, targets):
     assert off(stock_latents(pipeline, noise, 5.0), wanted) < 1e-5 and off(before, wanted) > 1e-2
     pipeline.unload_lora_weights()
     assert torch.equal(stock_latents(pipeline, noise, 5.0), before)
-
-
-def test_without_its_adapter_a_role_is_the_base(folder, noise):
-    """To the bit; with it, it is the merged network."""
-    made = student(folder, tune="lora", lora={"rank": 2, "targets": "wide"}, moved=0.1)
-    base, t = denoiser(folder), torch.tensor([0.3, 0.8])
-    cond = base.handle.around.prompts(PROMPTS)
-    with torch.no_grad():
-        wanted = base.velocity(noise, t, cond)
-        assert torch.equal(with_module(made, made.handle.module).velocity(noise, t, cond), wanted)
-        v = made.velocity(noise, t, cond)
-        assert off(with_module(made, merged(made.handle)).velocity(noise, t, cond), v) < 1e-5 and off(v, wanted) > 1e-2
-
-
-@pytest.mark.parametrize("tune", ["full", "lora"])
-def test_two_equal_calls_agree_and_checkpointing_changes_no_gradient(folder, noise, tune):
-    """Nothing is dropped at random; with an adapter, its forward is made again in the backward pass."""
-    answers, gradients = [], []
-    for checkpointing in (False, False, True):
-        said = {"lora": {"rank": 2, "targets": "wide"}} if tune == "lora" else {}
-        made = student(folder, moved=0.02, tune=tune, gradient_checkpointing=checkpointing, **said)
-        assert made.handle.module.gradient_checkpointing == checkpointing
-        v = made.velocity(noise, torch.tensor([0.6, 0.9]), made.handle.around.prompts(PROMPTS))
-        answers.append(v.detach())
-        gradients.append(torch.autograd.grad(v.square().mean(), list(made.trainable().values())))
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
-    for first, *others in zip(*gradients):
-        assert all(torch.allclose(first, g, rtol=1e-4, atol=1e-6) for g in others)
-    assert sum(bool(g.any()) for g in gradients[0]) > 4
 
 
 def test_features_are_tokens_of_all_frames(folder, noise):
