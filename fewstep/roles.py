@@ -434,7 +434,9 @@ def _from_role(role: Role, spec: RoleSpec, tune: Tune, base: Handle) -> Handle:
         if spec.gradient_checkpointing:
             checkpointed(base.module)
         return Handle(role, base.module, spec, tune, adapter, base.family, base.path, base.origin, base.around)
-    module = hold(merged(base) if base.adapter is not None else copy.deepcopy(base.module), torch.float32)
+    module = merged(base) if base.adapter is not None else copy.deepcopy(base.module)
+    if base.narrow:
+        hold(module, torch.float32)
     module = _upgraded(module, role, base.family, tune)
     module.requires_grad_(True).train(role.train_mode)
     if spec.gradient_checkpointing:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fewstep.engine.exporting import check_export, export, export_run
 from fewstep.engine.trainer import Trainer
@@ -98,3 +99,28 @@ def test_without_a_vae_the_run_ends_before_it_starts(places, tmp_path):
     with pytest.raises(UserError, match="has no vae/: copy the pipeline's vae folder there"):
         trained("rg_lcd", {**places, "teacher": teacher}, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_recipe_for_one_card_of_24_gb_trains_on_a_bfloat16_base_and_cached_prompts(tmp_path):
+    """As shipped but for sizes; its folder, merged in float32, is the trainer's student, and the base is what it was."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\nred boats\ntwo owls\n")
+    recipe = load_recipe(
+        config("decoupled_dmd/sdxl_lora_24gb.yaml"),
+        [
+            f"teacher.from={tiny_sd(tmp_path / 'teacher', 'sdxl')}",
+            f"data.train.path={tmp_path / 'prompts.txt'}",
+            f"data.train.cache={tmp_path / 'cache'}",
+            "train={steps: 6, batch: 4, micro_batch: 2, precision: bf16, check_export: true}",
+            "preview=null",
+        ],
+    )
+    trainer = Trainer(recipe, tmp_path / "run", show=False)
+    before = {name: p.clone() for name, p in trainer.handles["teacher"].module.named_parameters()}
+    trainer.run()
+    student = trainer.handles["student"]
+    assert student.narrow and any(up.weight.any() for up in student.adapter.up.values())
+    model = export_run(trainer)  # and holds the folder's images to the student's own, in float32
+    assert model is not None and card(model)["pipeline"] == "StableDiffusionXLPipeline"
+    after = dict(student.module.named_parameters())
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p, before[name]) for name, p in after.items())
+    assert list((tmp_path / "cache").glob("*/*.safetensors"))
