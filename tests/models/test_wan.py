@@ -286,6 +286,7 @@ def test_the_stock_loader_reads_an_adapter(folder, noise, tmp_path, targets):
 def test_features_are_tokens_of_all_frames(folder, noise):
     """[rows, frames x height x width / 4, width] of a block; what follows is not run. A mean over places reads them."""
     role, ran = denoiser(folder), []
+    WAN.fit(role.handle.module, SHAPE)  # heads ask the network at its own size, which is 81 frames unless it is told
     hook = role.handle.module.proj_out.register_forward_hook(lambda *_: ran.append("out"))
     layers = tuple(WAN.facts.feature_layers)
     features = role.features(noise, torch.full((2,), 0.5), role.handle.around.prompts(PROMPTS), layers)
